@@ -1,0 +1,221 @@
+"""Token rows on disk: what a stage trains on, written once and mapped into memory.
+
+Owns the folder of flat arrays and its promise: rows are only ever read back for the tokenizer, template and length
+they were made with (a cache keyed by file name alone silently hands out old ids). Does not know what the tokens say.
+On the road: the data step writes them, every stage and evaluation reads them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graftlm.errors import DiskError, UserError
+from graftlm.text.dialogue import Rendered
+
+if TYPE_CHECKING:
+    from graftlm.text.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+_ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """R rows of T tokens in all. ids (T,) uint16/uint32, is_target (T,) bool, offsets (R+1,) int64,
+    target_bytes (R,) int64: utf-8 bytes of the learned text of each row."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+    offsets: np.ndarray
+    target_bytes: np.ndarray
+    sources: Sequence[str] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of row `i`, each (length,)."""
+        start, end = self.offsets[i], self.offsets[i + 1]
+        return self.ids[start:end], self.is_target[start:end]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, (R,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_targets(self) -> int:
+        return int(np.count_nonzero(self.is_target))
+
+    @property
+    def num_target_bytes(self) -> int:
+        return int(self.target_bytes.sum())
+
+    @classmethod
+    def load(cls, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> TokenRows:
+        """Map the rows in `folder`. Raises: UserError if they are missing, cut short or of another tokenizer."""
+        folder = Path(folder)
+        again = "prepare the data again (graftlm run redoes the data step)"
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+            sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} holds no token rows: {Path(error.filename).name} is missing", again) from None
+        except (ValueError, EOFError) as error:
+            raise UserError(f"the token rows in {folder} are damaged: {error}", again) from None
+        if meta.get("format_version") != FORMAT_VERSION:
+            found = meta.get("format_version")
+            raise UserError(f"{folder} has row format {found}, this version reads {FORMAT_VERSION}", again)
+        rows = cls(**arrays, sources=sources, meta=meta)
+        sizes = (len(rows.ids), len(rows.is_target), len(rows.target_bytes) + 1, len(sources) + 1)
+        if sizes != (rows.num_tokens, rows.num_tokens, len(rows.offsets), len(rows.offsets)):
+            raise UserError(f"the token rows in {folder} are damaged: their arrays differ in length", again)
+        if tokenizer is not None and meta.get("tokenizer") != tokenizer.fingerprint:
+            raise UserError(
+                f"the token rows in {folder} were made with another tokenizer "
+                f"({str(meta.get('tokenizer'))[:12]}, not {tokenizer.fingerprint[:12]})",
+                again,
+            )
+        return rows
+
+
+class RowsBuilder:
+    """Collects rendered rows in flat buffers (2 or 4 bytes a token) until they are written."""
+
+    def __init__(self, num_pieces: int) -> None:
+        self._ids = array("H" if num_pieces <= 65_536 else "I")
+        self._is_target = bytearray()
+        self._offsets = array("q", [0])
+        self._target_bytes = array("q")
+        self._sources: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def add(self, row: Rendered, source: str) -> None:
+        """Append one row; `source` is its "file:line"."""
+        self._ids.extend(row.ids)
+        self._is_target.extend(row.is_target)
+        self._offsets.append(len(self._ids))
+        self._target_bytes.append(row.num_target_bytes)
+        self._sources.append(" ".join(source.split("\n")))
+
+    def rows(self, meta: Mapping[str, Any] | None = None) -> TokenRows:
+        """The rows added so far, in memory."""
+        ids = np.frombuffer(self._ids, np.uint16 if self._ids.typecode == "H" else np.uint32)
+        return TokenRows(
+            ids if len(self._ids) else ids.copy(), np.frombuffer(bytes(self._is_target), np.bool_),
+            np.frombuffer(self._offsets, np.int64), np.frombuffer(self._target_bytes, np.int64),
+            list(self._sources), {"format_version": FORMAT_VERSION, **(meta or {})},
+        )  # fmt: skip
+
+
+def rows_meta(tokenizer: Tokenizer, template_fingerprint: str, max_tokens: int) -> dict[str, Any]:
+    """What the ids of rows depend on, besides the text."""
+    return {
+        "tokenizer": tokenizer.fingerprint, "num_pieces": tokenizer.num_pieces, "template": template_fingerprint,
+        "max_tokens": max_tokens,
+    }  # fmt: skip
+
+
+def save_rows(rows: TokenRows, folder: str | Path) -> None:
+    """Write `rows` so that `folder` is either complete or not there; an older one is replaced. Raises: DiskError."""
+    folder = Path(folder)
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        os.chmod(partial, 0o755)
+        for name in _ARRAYS:
+            with open(partial / f"{name}.npy", "wb") as file:
+                np.save(file, getattr(rows, name), allow_pickle=False)
+                _flush(file)
+        counts = {"rows": len(rows), "tokens": rows.num_tokens, "targets": rows.num_targets,
+                  "target_bytes": rows.num_target_bytes}  # fmt: skip
+        _write(partial / "sources.txt", "".join(f"{source}\n" for source in rows.sources))
+        _write(partial / "meta.json", json.dumps({**rows.meta, **counts}, indent=1, ensure_ascii=False))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise disk_error(error, folder, rows.ids.nbytes + rows.is_target.nbytes) from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def disk_error(error: OSError, path: Path, needed_bytes: int) -> DiskError:
+    """The DiskError for what writing to `path` met."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        return DiskError(
+            f"no space for {path}: about {needed_bytes:,} bytes are needed, {free:,} are free",
+            "free some space or choose another --out, then run the same command again",
+        )
+    return DiskError(f"{path} cannot be written: {error.strerror or error}", "choose another --out")
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+        _flush(file)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def text_rows(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> Iterable[list[Rendered]]:
+    """For every text its rows of at most `max_tokens`: BOS, the text in order, EOS; all but BOS are targets.
+
+    A long text is cut into rows between tokens; each row begins with BOS, only the last ends with EOS. The bytes of
+    a row are those its tokens spell (a row may end inside a character, no byte is lost or counted twice).
+    """
+    head = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    batch: list[str] = []
+
+    def encoded(batch: list[str]) -> Iterable[list[Rendered]]:
+        for ids in tokenizer.encode_batch(batch):
+            yield _text_rows_of(ids, head, tokenizer, max_tokens)
+
+    for text in texts:
+        batch.append(text)
+        if len(batch) == 1024:
+            yield from encoded(batch)
+            batch = []
+    yield from encoded(batch)
+
+
+def _text_rows_of(ids: list[int], head: list[int], tokenizer: Tokenizer, max_tokens: int) -> list[Rendered]:
+    body = [*ids, tokenizer.eos_id]
+    room = max_tokens - len(head)
+    if room < 2:
+        raise UserError(f"max_tokens: {max_tokens} leaves no room for text", "set it to 8 or more")
+    parts = [body[i : i + room] for i in range(0, len(body), room)]
+    return [
+        Rendered(
+            head + part,
+            [False] * len(head) + [True] * len(part),
+            sum(len(tokenizer.token_bytes(i)) for i in part if i not in tokenizer.special_ids),
+        )
+        for part in parts
+    ]
