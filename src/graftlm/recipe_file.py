@@ -1,0 +1,260 @@
+"""Reading a recipe from YAML: `extends`, overrides, and all mistakes at once with their lines.
+
+Owns the file format. Does not know what the knobs mean (`recipe.py` does). Hostile files are bounded: size,
+depth, no aliases, no tags, no duplicate keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from graftlm.errors import UserError
+from graftlm.recipe import Recipe
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 30
+
+Path_ = tuple[str | int, ...]
+Lines = dict[Path_, tuple[str, int]]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, extend, override and check a recipe.
+
+    `overrides` are `section.key=value` texts; a stage is named by its name or number (`stages.lora.epochs=1`).
+    Paths in the file are relative to the file, paths in overrides to the working directory.
+
+    Raises UserError naming every mistake at once, each with file and line and the nearest known key.
+    """
+    path = Path(path)
+    lines: Lines = {}
+    tree = _read_with_parent(path, lines)
+    for override in overrides:
+        _apply_override(tree, override, lines)
+    tree.setdefault("name", path.stem)
+    try:
+        return Recipe.model_validate(tree, context={"folder": str(path.resolve().parent)})
+    except ValidationError as error:
+        details = [detail for detail in error.errors() if not _follows_from_another(detail, error.errors())]
+        told = list(dict.fromkeys(_tell(detail, lines, path) for detail in details))
+        count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
+        fix = "Mend them and run the same command again; docs/guide.md lists every key."
+        raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix) from None
+
+
+def _read_with_parent(path: Path, lines: Lines) -> dict[str, Any]:
+    tree = _read_yaml(path, lines)
+    parent_name = tree.pop("extends", None)
+    if parent_name is None:
+        return tree
+    if not isinstance(parent_name, str):
+        raise UserError(f"{path}: extends must name one recipe file, found {parent_name!r}.", "Write extends: FILE.")
+    parent_lines: Lines = {}
+    parent_path = path.parent / parent_name
+    parent = _read_yaml(parent_path, parent_lines)
+    if "extends" in parent:
+        raise UserError(
+            f"{path} extends {parent_path}, which itself extends {parent['extends']}: one level is allowed.",
+            f"Extend {parent['extends']} directly, or write the keys out.",
+        )
+    if parent_path.resolve().parent != path.resolve().parent:
+        raise UserError(
+            f"{path} extends {parent_path}, which lies in another folder: relative paths would change meaning.",
+            "Keep a recipe beside the one it extends.",
+        )
+    parent.pop("name", None)
+    for where, line in parent_lines.items():
+        lines.setdefault(where, line)
+    return _merge(parent, tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
+        raise UserError(
+            f"There is no recipe {path}.",
+            f"Did you mean {near[0]}?" if near else "Give the path of a YAML file; recipes/ holds examples.",
+        )
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_BYTES:
+        raise UserError(
+            f"{path} is {size_bytes:,} bytes; a recipe is at most {MAX_BYTES:,}.", "Is this the right file?"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        _refuse_aliases(text, path)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}).", "Save the recipe as UTF-8.") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line}: not YAML: {what}.", "Mend that line and run the same command again.") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: expected `key: value` lines, found something else.", "recipes/ holds examples.")
+    return _build(node, (), path, lines)
+
+
+def _refuse_aliases(text: str, path: Path) -> None:
+    """Aliases can make a small file enormous and a recipe has no use for them; events are read lazily."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{path}:{line}: YAML aliases are not allowed in a recipe.", "Write the value out.")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise UserError(f"{path}:{line}: YAML tags ({tag}) are not allowed in a recipe.", "Write a plain value.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{path}:{line}: nested more than {MAX_DEPTH} deep.", "A recipe has three levels.")
+
+
+def _build(node: yaml.Node, where: Path_, path: Path, lines: Lines) -> Any:
+    lines[where] = (str(path), node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        built: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in built:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{path}:{line}: the key {key} stands here twice.", "Keep one of them.")
+            built[key] = _build(value_node, (*where, key), path, lines)
+            lines[(*where, key)] = (str(path), key_node.start_mark.line + 1)
+        return built
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*where, index), path, lines) for index, item in enumerate(node.value)]
+    return _scalar(node)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    """A plain value: null, bool, int, float or text. Dates stay text."""
+    loader = yaml.SafeLoader("")
+    if node.tag.endswith((":null", ":bool", ":int", ":float")):
+        return loader.construct_object(node)
+    return node.value
+
+
+def _apply_override(tree: dict[str, Any], override: str, lines: Lines) -> None:
+    where_text, equals, value_text = override.partition("=")
+    if not equals or not where_text:
+        raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example stages.0.epochs=1")
+    try:
+        node = yaml.compose(value_text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", value_text)
+    here: Any = tree
+    where: list[str | int] = []
+    parts = where_text.split(".")
+    for depth, part in enumerate(parts):
+        key = _key_in(here, part, override)
+        where.append(key)
+        if depth == len(parts) - 1:
+            value = _build(node, tuple(where), Path("command line"), lines) if node is not None else None
+            here[key] = _from_working_directory(value)
+            lines[tuple(where)] = (f"override {override}", 0)
+        elif isinstance(here, dict):
+            if not isinstance(here.get(key), dict | list):
+                here[key] = {}
+            here = here[key]
+        else:
+            here = here[key]
+
+
+def _from_working_directory(value: Any) -> Any:
+    """A path typed on the command line means the file the shell would complete, not one beside the recipe."""
+    if isinstance(value, list):
+        return [_from_working_directory(item) for item in value]
+    if isinstance(value, str) and ("/" in value or "." in value) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def _key_in(container: Any, part: str, override: str) -> str | int:
+    if not isinstance(container, list):
+        return part
+    names = [item.get("name") if isinstance(item, dict) else None for item in container]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(container):
+        return int(part)
+    known = ", ".join(str(name or index) for index, name in enumerate(names))
+    raise UserError(f"Override {override!r}: there is no {part} in that list.", f"It holds: {known}.")
+
+
+def _follows_from_another(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
+    """A list whose items are wrong is also told to be too short: the items' own mistakes suffice."""
+    where = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(where) and other["loc"][: len(where)] == where for other in details
+    )
+
+
+def _tell(detail: ErrorDetails, lines: Lines, path: Path) -> str:
+    """One mistake as one line: place, what was found, what was expected, the nearest known key."""
+    location = tuple(part for part in detail["loc"])
+    shown = tuple(part for part in location if part not in ("full", "lora", "new-rows") or (part,) == location)
+    file, line = str(path), 0
+    for length in range(len(shown), -1, -1):
+        if shown[:length] in lines:
+            file, line = lines[shown[:length]]
+            break
+    place = f"{file}:{line}" if line else file
+    key = ".".join(str(part) for part in shown)
+    kind = detail["type"]
+    found = detail.get("input")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(_known_keys(location[:-1])))}"
+        return f"{place}: unknown key {key}{hint}"
+    if kind == "missing":
+        return f"{place}: {key} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    is_told = isinstance(found, dict | list | BaseModel) or "found" in message
+    value = "" if is_told else f", found {found!r}"
+    return f"{place}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{value}"
+
+
+def _known_keys(location: Path_) -> list[str]:
+    """The keys of the section at `location`, followed through the models' annotations."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if isinstance(model, type) and part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation)
+        elif isinstance(model, list):
+            kinds = {get_args(option.model_fields["kind"].annotation)[0]: option for option in model}
+            model = kinds.get(str(part), model[0])
+    if isinstance(model, list):
+        return sorted({key for option in model for key in option.model_fields})
+    return list(model.model_fields) if isinstance(model, type) else []
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section class (or list of classes, for a union of them) inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is None:
+        return None
+    inner = [_section_in(option) for option in get_args(annotation) if option is not Ellipsis]
+    sections = [section for section in inner if section is not None]
+    is_union = get_origin(annotation) in (Union, type(int | str)) and len(sections) > 1
+    return sections if is_union else (sections[0] if sections else None)

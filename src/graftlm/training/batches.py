@@ -1,0 +1,114 @@
+"""From rendered rows to packed micro-batches, a pure function of the step's number.
+
+Owns the order of rows (one permutation an epoch, from the seed) and the packing of a step's rows. Holds no
+state: asking for step 700 gives what the 700th step of an uninterrupted run got, which is what makes resuming
+exact. Does not know models or text.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graftlm.errors import UserError
+from graftlm.model.packed import PackedLayout, make_layout
+from graftlm.text.rows import TokenRows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed micro-batch: T tokens end to end, N labels.
+
+    `labelled_N` are flat positions whose next token is a target, `targets_N` those tokens' ids, `row_N` the place
+    in `row_ids` each label belongs to.
+    """
+
+    ids_1T: torch.Tensor
+    layout: PackedLayout
+    labelled_N: torch.Tensor
+    targets_N: torch.Tensor
+    row_N: torch.Tensor
+    row_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the micro-batch; there is no padding among them."""
+        return self.ids_1T.shape[1]
+
+
+def pack(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Best-fit decreasing: places 0..len-1 shared out into bins of at most `budget_tokens`, deterministically."""
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []
+    for place in order:
+        found = bisect_left(room, (lengths[place], -1))
+        if found == len(room):
+            bins.append([place])
+            left, number = budget_tokens - lengths[place], len(bins) - 1
+        else:
+            left, number = room.pop(found)
+            bins[number].append(place)
+            left -= lengths[place]
+        insort(room, (left, number))
+    return bins
+
+
+def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device) -> Batch:
+    """Lay these rows end to end."""
+    pairs = [rows.row(row_id) for row_id in row_ids]
+    lengths = [len(ids) for ids, _ in pairs]
+    ids_T = torch.from_numpy(np.concatenate([ids for ids, _ in pairs]).astype(np.int64))
+    # A row's first token is never predicted: what precedes it in the pack is another row.
+    is_target_T = np.concatenate([np.r_[False, is_target[1:]] for _, is_target in pairs])
+    labelled_N = torch.from_numpy(np.flatnonzero(is_target_T) - 1)
+    row_T = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths))
+    return Batch(
+        ids_1T=ids_T[None].to(device),
+        layout=make_layout(lengths, device),
+        labelled_N=labelled_N.to(device),
+        targets_N=ids_T[labelled_N + 1].to(device),
+        row_N=row_T[labelled_N].to(device),
+        row_ids=tuple(row_ids),
+    )
+
+
+def row_batches(rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device) -> list[Batch]:
+    """Pack these rows into as few micro-batches as best fit finds."""
+    lengths = [rows.length(row_id) for row_id in row_ids]
+    return [make_batch(rows, [row_ids[place] for place in places], device) for places in pack(lengths, budget_tokens)]
+
+
+class Steps:
+    """All steps of a stage: which rows each takes, and their micro-batches."""
+
+    def __init__(
+        self, rows: TokenRows, *, batch_rows: int, micro_batch_tokens: int, epochs: float, seed: int
+    ) -> None:
+        longest = rows.longest()
+        if longest > micro_batch_tokens:
+            raise UserError(
+                f"The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",
+                f"Set micro_batch_tokens to {longest} or more, or data.max_tokens to {micro_batch_tokens} or less.",
+            )
+        self.rows = rows
+        self.batch_rows = batch_rows
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(len(rows) / batch_rows)
+        self.num_steps = max(1, round(epochs * self.steps_per_epoch))
+
+    def row_ids(self, step: int) -> list[int]:
+        """Rows of the step with this number (from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return order[place * self.batch_rows : (place + 1) * self.batch_rows].tolist()
+
+    def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
+        """The step's rows, packed."""
+        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device)

@@ -1,0 +1,112 @@
+"""Checkpoints that are whole or absent, and resume exactly.
+
+Owns the layout of a checkpoint folder: tensors as safetensors, plain values as JSON, and a manifest of sizes and
+sha256 written last. A checkpoint is built in a temporary folder, flushed, then renamed, so a process killed at
+any moment leaves the newest complete one intact. Does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftlm.errors import DiskError, UserError
+from graftlm.run import disk_errors, read_json, say
+
+MANIFEST = "manifest.json"
+KEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Named groups of tensors (weights, optimizer, random states) and plain values (step, scale, ...)."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    values: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` as `folder`, replacing an older one of that name. Raises DiskError; the old one stays."""
+    needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    with disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob(".*.*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise DiskError(
+                f"A checkpoint needs {needed:,} bytes below {folder.parent} and {free:,} are free.",
+                "Free space and run the same command again: the last checkpoint is intact.",
+            )
+        temporary.mkdir()
+        for name, group in checkpoint.tensors.items():
+            save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
+        (temporary / "values.json").write_text(json.dumps(checkpoint.values), encoding="utf-8")
+        manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _flush(folder.parent)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against its manifest. Raises UserError naming the bad file."""
+    manifest = read_json(folder / MANIFEST)
+    for name, facts in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"Checkpoint {folder} lacks {name}.", f"Delete {folder}; the one before it is used then.")
+        if _facts(file) != facts:
+            raise UserError(
+                f"{file} does not match its manifest: it is damaged.",
+                f"Delete {folder}; the checkpoint before it is used then.",
+            )
+    tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
+    return Checkpoint(tensors, read_json(folder / "values.json"))
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, or None. Incomplete ones (no manifest) are passed over."""
+    complete = [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
+    return complete[-1] if complete else None
+
+
+def prune_checkpoints(checkpoints: Path) -> None:
+    """Keep the newest `KEPT` complete checkpoints."""
+    complete = [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
+    for folder in complete[:-KEPT]:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            say(f"Could not remove the old checkpoint {folder}: {error}")
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,112 @@
+"""The loop: one optimizer step after another, the same for every stage.
+
+Owns the order forward, backward, clip, schedule, step, observe. Knows neither LoRA nor fp16 nor Chinese: what
+learns is whatever the optimizer holds, precision is passed in, text has become ids. Everything that watches or
+saves is a function in `on_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+
+from graftlm.device import Precision
+from graftlm.model.causal import body_of, head_weight
+from graftlm.model.loss import linear_cross_entropy_sum
+from graftlm.training.batches import Batch, Steps
+from graftlm.training.optim import set_learning_rates
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step did. `loss` is nats per target token; norms are before clipping; `step` counts from 1.
+
+    `num_updates` counts steps that touched the weights: the schedule follows it, so a skipped step does not
+    advance it.
+    """
+
+    step: int
+    num_updates: int
+    loss: float
+    lr: float
+    grad_norm: float
+    grad_norms: dict[str, float]
+    loss_scale: float
+    skipped: bool
+    num_rows: int
+    num_tokens: int
+    num_targets: int
+    seconds: float
+
+
+def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The body's output at the labelled positions, (N, H)."""
+    output = body_of(model)(
+        input_ids=batch.ids_1T, position_ids=batch.layout.positions_1T, use_cache=False, layout=batch.layout
+    )
+    return output.last_hidden_state[0, batch.labelled_N]
+
+
+def response_loss_sum(
+    model: torch.nn.Module, batch: Batch, precision: Precision, expected_grad: float = 1.0
+) -> torch.Tensor:
+    """Summed cross-entropy (nats) over the micro-batch's labels."""
+    with precision.autocast():
+        hidden_NH = hidden_states(model, batch)
+    return linear_cross_entropy_sum(
+        hidden_NH, head_weight(model), batch.targets_N, precision.compute_dtype, expected_grad
+    )
+
+
+def train(
+    model: torch.nn.Module,
+    steps: Steps,
+    *,
+    first_step: int,
+    num_updates: int,
+    lr_at: Callable[[int], float],
+    optimizer: torch.optim.Optimizer,
+    groups: dict[str, list[Parameter]],
+    precision: Precision,
+    max_grad_norm: float,
+    on_step: Sequence[Callable[[StepRecord], None]],
+) -> None:
+    """Take the steps from `first_step` on. `lr_at(num_updates)` is a factor in 0..1 of each group's peak rate."""
+    model.train()
+    for step in range(first_step, steps.num_steps):
+        started = time.perf_counter()
+        micro_batches = steps.micro_batches(step, precision.device)
+        # One denominator for the whole step: the loss is the mean over its target tokens, however it was packed.
+        num_targets = sum(len(batch.targets_N) for batch in micro_batches)
+        factor = precision.grad_factor(num_targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum = 0.0
+        for batch in micro_batches:
+            loss = response_loss_sum(model, batch, precision, factor)
+            (loss * factor).backward()
+            loss_sum += loss.item()
+        grad_norm, grad_norms = precision.unscale_and_clip(groups, max_grad_norm)
+        set_learning_rates(optimizer, lr_at(num_updates))
+        loss_scale = precision.loss_scale
+        was_updated = precision.step(optimizer, grad_norm)
+        num_updates += was_updated
+        record = StepRecord(
+            step=step + 1,
+            num_updates=num_updates,
+            loss=loss_sum / max(num_targets, 1),
+            lr=max(group["lr"] for group in optimizer.param_groups),
+            grad_norm=grad_norm,
+            grad_norms=grad_norms,
+            loss_scale=loss_scale,
+            skipped=not was_updated,
+            num_rows=sum(len(batch.row_ids) for batch in micro_batches),
+            num_tokens=sum(batch.num_tokens for batch in micro_batches),
+            num_targets=num_targets,
+            seconds=time.perf_counter() - started,
+        )
+        for observe in on_step:
+            observe(record)

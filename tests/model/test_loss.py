@@ -1,0 +1,50 @@
+"""The fused head and loss equal the plain ones."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from graftlm.model import loss as loss_module
+from graftlm.model.loss import linear_cross_entropy_sum, target_losses
+
+TOLERANCE = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), TOLERANCE)
+def test_equals_plain_cross_entropy(dtype: torch.dtype, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 16 * 4 * 50)
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 12, dtype=torch.float64)
+    weight = torch.randn(50, 12, dtype=torch.float64)
+    targets = torch.randint(0, 50, (70,))
+    plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = cross_entropy(plain[0] @ plain[1].T, targets, reduction="sum")
+    (expected * 0.37).backward()
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    ours = [hidden.to(master).requires_grad_(), weight.to(master).requires_grad_()]
+    found = linear_cross_entropy_sum(ours[0], ours[1], targets, dtype, expected_grad=0.37)
+    (found * 0.37).backward()
+    assert found.item() == pytest.approx(expected.item(), rel=rtol)
+    for mine, reference in zip(ours, plain, strict=True):
+        error = (mine.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert error <= rtol
+    each = target_losses(ours[0], ours[1], targets, dtype)
+    assert each.sum().item() == pytest.approx(expected.item(), rel=rtol)
+
+
+def test_another_backward_factor_than_expected_is_still_right() -> None:
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    targets = torch.tensor([0, 1, 2, 3, 4])
+    linear_cross_entropy_sum(hidden, weight, targets, torch.float64, expected_grad=0.5).backward()
+    fused, hidden.grad = hidden.grad, None
+    cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
+    assert torch.allclose(fused, hidden.grad, rtol=1e-12)
+
+
+def test_no_label_gives_zero_not_nan() -> None:
+    """B3: a batch without labels."""
+    hidden = torch.randn(0, 4, requires_grad=True)
+    loss = linear_cross_entropy_sum(hidden, torch.randn(7, 4), torch.zeros(0, dtype=torch.long), torch.float32)
+    loss.backward()
+    assert loss.item() == 0.0
