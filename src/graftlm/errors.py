@@ -26,3 +26,7 @@ class DiskError(UserError):
     """The disk is full, read-only or broke while writing."""
 
     exit_code = 4
+
+
+class Interrupted(Exception):
+    """The person or the system asked the run to stop; what was being done is finished and saved."""

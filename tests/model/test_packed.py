@@ -27,7 +27,7 @@ def test_packed_equals_each_row_alone(kv_heads: int) -> None:
     model = body(kv_heads)
     ids = torch.randint(0, 40, (1, sum(LENGTHS)))
     weights = torch.randn(sum(LENGTHS), 32, dtype=torch.float64)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
     alone = torch.cat([model(row, use_cache=False).last_hidden_state[0] for row in ids.split(LENGTHS, 1)])
     (alone * weights).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}

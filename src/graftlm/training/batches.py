@@ -80,7 +80,7 @@ def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device) ->
 
 def row_batches(rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device) -> list[Batch]:
     """Pack these rows into as few micro-batches as best fit finds."""
-    lengths = [rows.length(row_id) for row_id in row_ids]
+    lengths = [int(rows.lengths[row_id]) for row_id in row_ids]
     return [make_batch(rows, [row_ids[place] for place in places], device) for places in pack(lengths, budget_tokens)]
 
 
@@ -90,7 +90,7 @@ class Steps:
     def __init__(
         self, rows: TokenRows, *, batch_rows: int, micro_batch_tokens: int, epochs: float, seed: int
     ) -> None:
-        longest = rows.longest()
+        longest = int(rows.lengths.max())
         if longest > micro_batch_tokens:
             raise UserError(
                 f"The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",

@@ -49,7 +49,7 @@ def heldout_losses(
     model.eval()
     nats = np.zeros(len(rows))
     num_targets = np.zeros(len(rows), dtype=np.int64)
-    budget_tokens = max(budget_tokens, rows.longest())
+    budget_tokens = max(budget_tokens, int(rows.lengths.max()))
     batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)
     for batch in progress(batches, len(batches), label):
         with precision.autocast():

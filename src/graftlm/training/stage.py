@@ -24,7 +24,7 @@ from graftlm.device import (
     restore_random_states,
     seed_everything,
 )
-from graftlm.errors import UserError
+from graftlm.errors import Interrupted, UserError
 from graftlm.model.causal import body_of
 from graftlm.model.lora import attach_lora, merge_lora
 from graftlm.model.packed import attend_packed, attend_plain
@@ -47,10 +47,6 @@ from graftlm.training.optim import learning_rate_shape, make_optimizer
 
 TRAINED = "trained"
 EVALS_BY_DEFAULT = 5
-
-
-class Interrupted(Exception):
-    """The person or the system asked the run to stop; the step was finished and saved."""
 
 
 class _EarlyStop(Exception):
