@@ -1,0 +1,9 @@
+"""The tokenizer: load it, graft a language onto it, prove the graft, measure it.
+
+Owns everything between text and ids. Does not know conversations, templates or models. First step of the road.
+"""
+
+from graftlm.text.tokenizer.base import train_base_tokenizer
+from graftlm.text.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "train_base_tokenizer"]
