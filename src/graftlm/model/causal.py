@@ -171,7 +171,7 @@ def head_weight(model: nn.Module) -> Tensor:
 
 def is_tied(model: nn.Module) -> bool:
     """Whether input embedding and output head are one matrix."""
-    return head_weight(model) is plain_model(model).get_input_embeddings().weight
+    return bool(plain_model(model).config.tie_word_embeddings)
 
 
 def parameter_count(model: nn.Module, *, only_trained: bool = False) -> int:

@@ -1,0 +1,90 @@
+"""Split rows: the same model with old and new rows as parameters of their own."""
+
+import pytest
+import torch
+
+from graftlm.model.causal import head_weight, is_tied, new_causal
+from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
+
+NUM_OLD, NUM_ROWS = 40, 64
+IDS = torch.tensor([[1, 5, 45, 63, 39, 40, 2]])
+
+
+def small_model(is_tied=False):
+    return new_causal(
+        num_rows=NUM_ROWS, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, is_tied=is_tied
+    )
+
+
+def loss_of(model):
+    hidden = model.get_decoder()(IDS).last_hidden_state[0, :-1]
+    return torch.nn.functional.cross_entropy(hidden @ head_weight(model).T, IDS[0, 1:])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_split_changes_no_number(tied):
+    model = small_model(tied)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    logits = model(IDS).logits
+    loss_of(model).backward()
+    embedding_grad = model.get_input_embeddings().weight.grad.clone()
+    split_rows(model, NUM_OLD)
+    assert torch.equal(model(IDS).logits, logits)
+    loss_of(model).backward()
+    roles = {role: dict(named) for role, named in parameter_groups_by_role(model).items()}
+    name = "model.embed_tokens.parametrizations.weight.original"
+    assert torch.equal(roles["old_rows"][f"{name}0"].grad, embedding_grad[:NUM_OLD])
+    assert torch.equal(roles["new_rows"][f"{name}1"].grad, embedding_grad[NUM_OLD:])
+    join_rows(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert is_tied(model) is tied
+    assert (head_weight(model) is model.get_input_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_frozen_old_rows_stay_bit_for_bit_while_new_ones_learn(tied, weight_decay):
+    model = small_model(tied)
+    model.requires_grad_(False)
+    before = model.get_input_embeddings().weight.clone(), head_weight(model).clone()
+    split_rows(model, NUM_OLD)
+    new_rows = [p for _, p in parameter_groups_by_role(model)["new_rows"]]
+    for parameter in new_rows:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(new_rows, lr=0.1, weight_decay=weight_decay)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    join_rows(model)
+    after = model.get_input_embeddings().weight, head_weight(model)
+    for was, now in zip(before, after, strict=True):
+        assert torch.equal(now[:NUM_OLD], was[:NUM_OLD])
+        assert not torch.equal(now[NUM_OLD:], was[NUM_OLD:])
+
+
+def test_roles_hold_every_parameter_once():
+    for tied in (False, True):
+        model = small_model(tied)
+        whole = {role: [n for n, _ in named] for role, named in parameter_groups_by_role(model).items()}
+        matrices = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+        assert whole["old_rows"] == matrices
+        assert whole["new_rows"] == whole["adapter"] == []
+        split_rows(model, NUM_OLD)
+        roles = parameter_groups_by_role(model)
+        assert len(roles["old_rows"]) == len(roles["new_rows"]) == len(matrices)
+        assert {len(p) for _, p in roles["new_rows"]} == {NUM_ROWS - NUM_OLD}
+        held = [id(p) for named in roles.values() for _, p in named]
+        assert sorted(held) == sorted({id(p) for p in model.parameters()})
+
+
+def test_rows_joined_after_freezing_are_parameters_still():
+    model = small_model()
+    model.requires_grad_(False)
+    split_rows(model, NUM_OLD)
+    join_rows(model)
+    assert "model.embed_tokens.weight" in dict(model.named_parameters())
+    assert "lm_head.weight" in model.state_dict()
+    assert not head_weight(model).requires_grad
