@@ -1,0 +1,88 @@
+"""How the next token is chosen from a model's logits.
+
+Owns the sampling knobs and the draw itself, row by row: every row has its own random numbers, so an answer does
+not depend on which others share its batch. Does not know models, text or caches; `generate` calls it each step.
+
+Shapes: B rows, V rows of the output head, G tokens of an answer so far.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from graftlm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn. Temperature 0 takes the likeliest token every time (greedy).
+
+    `top_k` 0 and `top_p` 1 switch those cuts off; `repetition_penalty` divides the logits of tokens already in the
+    answer (not in the question: its words may be needed). The same seed gives the same answer.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "temperature": (0 <= self.temperature <= 100, "a number from 0 (always the likeliest) to 100"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 switches it off)"),
+            "top_k": (self.top_k >= 0, "0 (off) or a count"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 switches it off)"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+        }
+        for name, (is_good, expected) in wanted.items():
+            if not is_good:
+                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}.", f"Give another {name}.")
+
+
+class Draw:
+    """The random state of a batch: one generator a row, all begun from the same seed."""
+
+    def __init__(self, sampling: Sampling, num_rows: int) -> None:
+        self.sampling = sampling
+        self._generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(num_rows)]
+
+    def next_ids(self, logits_BV: torch.Tensor, rows: list[int], answers: list[list[int]]) -> list[int]:
+        """One id for each of the B batch rows `rows`; `answers` holds the tokens each has said so far."""
+        logits_BV = logits_BV.float()
+        if self.sampling.repetition_penalty != 1.0:
+            _penalise(logits_BV, answers, self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            return logits_BV.argmax(-1).tolist()
+        points_B = torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
+        return _sample(logits_BV, points_B.to(logits_BV.device), self.sampling).tolist()
+
+
+def _penalise(logits_BV: torch.Tensor, answers: list[list[int]], penalty: float) -> None:
+    """Push down, in place, what was already said. Source: CTRL, arXiv 1909.05858, section 4.1."""
+    for logits_V, said in zip(logits_BV, answers, strict=True):
+        ids_G = torch.tensor(sorted(set(said)), dtype=torch.long, device=logits_V.device)
+        scores_G = logits_V[ids_G]
+        logits_V[ids_G] = torch.where(scores_G > 0, scores_G / penalty, scores_G * penalty)
+
+
+def _sample(logits_BV: torch.Tensor, points_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Ids (B,) at the points (0..1) of each row's cumulative probability, after top-k and nucleus cuts.
+
+    Source: nucleus sampling, arXiv 1904.09751. The likeliest token always survives the cuts.
+    """
+    kept = min(sampling.top_k or logits_BV.shape[1], logits_BV.shape[1])
+    sorted_BK, ids_BK = logits_BV.topk(kept)
+    # double: at 100,000 rows of the head a float32 running sum loses the tail
+    probabilities_BK = (sorted_BK.double() / sampling.temperature).softmax(-1)
+    before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+    probabilities_BK = probabilities_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+    cumulative_BK = probabilities_BK.cumsum(-1)
+    targets_B1 = (points_B * cumulative_BK[:, -1])[:, None]
+    places_B1 = torch.searchsorted(cumulative_BK, targets_B1, right=True)
+    last_B1 = (probabilities_BK > 0).sum(-1, keepdim=True) - 1
+    return ids_BK.gather(1, places_B1.minimum(last_B1))[:, 0]
