@@ -68,9 +68,11 @@ def find_model(path_or_hub_id: str | Path) -> Path:
 
 
 def load_causal(
-    path_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    path_or_hub_id: str | Path, dtype: torch.dtype | None = torch.float32, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """A causal LM from a folder or hub id, every tensor checked to be there before any is read.
+
+    `dtype` None keeps the dtype the weights are stored in.
 
     Raises UserError on a folder without config, a model that is not Llama-like, pickled, quantised, missing,
     foreign, truncated or changed weights, and shards outside the folder. Code lying in the folder never runs.
@@ -82,7 +84,7 @@ def load_causal(
     _check_tensors(folder, config, tensors)
     transformers_logging.disable_progress_bar()
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+        folder, config=config, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True,
         trust_remote_code=False, local_files_only=True, output_loading_info=True,
     )  # fmt: skip
     assert not info["missing_keys"], info["missing_keys"]  # _check_tensors knows better than to get here
