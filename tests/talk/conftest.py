@@ -34,7 +34,7 @@ def chatbot(tokenizer: Tokenizer) -> Chatbot:
     return Chatbot(model, tokenizer, CARD)
 
 
-@pytest.fixture()
+@pytest.fixture
 def speaking(tokenizer: Tokenizer) -> Callable[..., Chatbot]:
     """A chatbot whose model says the given ids one after another, whatever it is asked, then ends."""
 

@@ -22,7 +22,7 @@ from graftlm.device import pick_device
 from graftlm.errors import UserError
 from graftlm.model.causal import check_ids, empty_causal, find_model, head_weight, load_causal
 from graftlm.run import DONE, say
-from graftlm.talk.sampling import Draw, Sampling
+from graftlm.talk.sampling import GREEDY, Draw, Sampling
 from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -144,17 +144,17 @@ class Chatbot:
             num_dropped += len(conversation.messages) - len(shorter.messages)
             conversation = shorter
 
-    def stream(self, conversation: Conversation, sampling: Sampling = Sampling()) -> Reply:
+    def stream(self, conversation: Conversation, sampling: Sampling = GREEDY) -> Reply:
         """The answer, piece by piece, whole characters only. Raises UserError as `prompt`."""
         return Reply(self, self.prompt(conversation, sampling), sampling)
 
-    def answer(self, conversation: Conversation, sampling: Sampling = Sampling()) -> Answer:
+    def answer(self, conversation: Conversation, sampling: Sampling = GREEDY) -> Answer:
         """The whole answer. Raises UserError as `prompt`."""
         reply = self.stream(conversation, sampling)
         text = "".join(reply)
         return Answer(text, reply.prompt_tokens, reply.answer_tokens, reply.num_dropped_messages, reply.ending)
 
-    def answer_many(self, conversations: Sequence[Conversation], sampling: Sampling = Sampling()) -> list[Answer]:
+    def answer_many(self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY) -> list[Answer]:
         """Answers in the order of `conversations`, decoded in batches of similar length. Raises UserError."""
         return self.answer_prompts([self.prompt(conversation, sampling) for conversation in conversations], sampling)
 
@@ -162,7 +162,7 @@ class Chatbot:
         """Answers to prompts already rendered, in their order."""
         answers: dict[int, Answer] = {}
         for places in _batches([len(prompt.ids) for prompt in prompts], sampling.max_new_tokens):
-            texts = {place: "" for place in places}
+            texts = dict.fromkeys(places, "")
             characters = {place: _Characters(self.tokenizer) for place in places}
             counts = dict.fromkeys(places, 0)
             endings: dict[int, Ending] = dict.fromkeys(places, "length")
@@ -267,9 +267,7 @@ def _model_of_run(path: str | Path) -> str | Path:
 
 def _answer_ends(tokenizer: Tokenizer, template: Template) -> set[int]:
     """The control token the template puts behind an answer; not every chat format ends a turn with eos."""
-    rendered = render(
-        Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer, template
-    )
+    rendered = render(Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer, template)
     targets = [token_id for token_id, is_target in zip(rendered.ids, rendered.is_target, strict=True) if is_target]
     return set(targets[-1:]) & tokenizer.special_ids
 

@@ -44,6 +44,9 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}.", f"Give another {name}.")
 
 
+GREEDY = Sampling()
+
+
 class Draw:
     """The random state of a batch: one generator a row, all begun from the same seed."""
 

@@ -1,0 +1,141 @@
+"""Answer a file of prompts: batched, resumable, in order.
+
+Owns the answers file: a row belongs to the prompts file's line it names, finished rows are never asked again, and
+a half-written last row is written anew. Does not know how answers are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graftlm.errors import UserError
+from graftlm.run import disk_errors, progress, say
+from graftlm.talk.generate import BATCH_ROWS, Answer, Chatbot, Prompt, load_chatbot
+from graftlm.talk.prompts import FORMS, PromptRow, read_prompts
+from graftlm.talk.sampling import Sampling
+
+# Rows answered between two writes: what a kill can cost. Longer windows batch better by length.
+WINDOW_ROWS = 4 * BATCH_ROWS
+BAD_ROWS_TOLD = 10
+
+
+def generate_file(
+    model: Chatbot | str | Path, input_file: str | Path, output_file: str | Path, sampling: Sampling
+) -> dict[str, Any]:
+    """Answer every row of `input_file` (JSONL) into `output_file`; rows already there are kept.
+
+    Each answer row holds the prompt's row and line, the answer and token counts. Returns JSON-ready
+    counts: `rows`, `seconds`, `tokens` of this call, `rows_before`, `bad_rows`. A row that cannot be asked is told
+    by file:line and left out. Raises UserError, DiskError.
+    """
+    started = time.monotonic()
+    source, target = Path(input_file), Path(output_file)
+    name = str(model) if isinstance(model, (str, Path)) else "in memory"
+    rows = list(read_prompts(source))
+    if target.exists() and (target.is_dir() or target.samefile(source)):
+        raise UserError(f"{target} cannot take the answers: it is the prompts or a folder.", "Give another --output.")
+    if not rows:
+        raise UserError(f"{source} holds no rows.", f"Write one prompt a line: {FORMS}.")
+    with disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        done = _answered(target, {row.line: row for row in rows}, name)
+    asked = [row for row in rows if row.line not in done]
+    readable = [row for row in asked if row.conversation is not None]
+    bad = [f"{source}:{row.line} {row.problem}" for row in asked if row.conversation is None]
+    tokens = num_answered = 0
+    if readable:
+        chatbot = model if isinstance(model, Chatbot) else load_chatbot(model)
+        with disk_errors(target.parent), target.open("a", encoding="utf-8") as stream:
+            answers = _answer_rows(chatbot, readable, sampling, bad)
+            for row, answer in progress(answers, len(readable), "answers"):
+                if answer is not None:
+                    stream.write(json.dumps(_answer_row(row, answer, name), ensure_ascii=False) + "\n")
+                    stream.flush()
+                    tokens += answer.answer_tokens
+                    num_answered += 1
+    _tell_bad(bad)
+    if bad and not num_answered and not done:
+        raise UserError(f"None of the {len(bad)} rows of {source} can be asked.", f"Write one prompt a line: {FORMS}.")
+    return {
+        "rows": num_answered,
+        "seconds": round(time.monotonic() - started, 3),
+        "tokens": tokens,
+        "rows_before": len(done),
+        "bad_rows": len(bad),
+    }
+
+
+def _answer_rows(
+    chatbot: Chatbot, rows: list[PromptRow], sampling: Sampling, bad: list[str]
+) -> Iterator[tuple[PromptRow, Answer | None]]:
+    """Rows and answers in order; a row that does not fit has none and is added to `bad`."""
+    for start in range(0, len(rows), WINDOW_ROWS):
+        window = rows[start : start + WINDOW_ROWS]
+        prompts: dict[int, Prompt] = {}
+        for row in window:
+            assert row.conversation is not None
+            try:
+                prompts[row.line] = chatbot.prompt(row.conversation, sampling)
+            except UserError as error:
+                bad.append(f"{row.conversation.source} {error.problem}")
+        answers = dict(zip(prompts, chatbot.answer_prompts(list(prompts.values()), sampling), strict=True))
+        for row in window:
+            yield row, answers.get(row.line)
+
+
+def _answer_row(row: PromptRow, answer: Answer, model: str) -> dict[str, Any]:
+    return {
+        "line": row.line,
+        "prompt": row.value,
+        "answer": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "answer_tokens": answer.answer_tokens,
+        "num_dropped_messages": answer.num_dropped_messages,
+        "ending": answer.ending,
+        "model": model,
+    }
+
+
+def _answered(target: Path, rows: dict[int, PromptRow], model: str) -> set[int]:
+    """Lines already answered in `target`; a half-written last row is cut off. Raises UserError on foreign rows."""
+    if not target.exists():
+        return set()
+    content = target.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines: set[int] = set()
+    for number, raw in enumerate(whole.splitlines(), start=1):
+        row = _parsed(raw)
+        prompt = rows.get(row.get("line", 0)) if isinstance(row, dict) else None
+        if prompt is None or row.get("prompt") != prompt.value:
+            raise UserError(
+                f"{target}:{number} is not an answer to a row of this prompts file.",
+                "Give another --output, or delete it to begin anew.",
+            )
+        if row.get("model") != model:
+            raise UserError(
+                f"{target}:{number} was answered by {row.get('model')}, not by {model}.",
+                "Give another --output, or delete it to begin anew.",
+            )
+        lines.add(row["line"])
+    if len(whole) < len(content):
+        os.truncate(target, len(whole))
+    return lines
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def _tell_bad(bad: list[str]) -> None:
+    for problem in bad[:BAD_ROWS_TOLD]:
+        say(f"left out: {problem}")
+    if len(bad) > BAD_ROWS_TOLD:
+        say(f"left out: {len(bad) - BAD_ROWS_TOLD} more rows")
