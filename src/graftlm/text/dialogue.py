@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from graftlm.errors import UserError
@@ -241,12 +242,13 @@ def _answer_region(
     if closed < 0:
         raise TemplateRefused(f"the template {template.name} cuts an answer short")
     start = opened
-    try:
-        prompt = marked.render(i, True)
-    except TemplateRefused:
-        prompt = ""  # for instance a template that wants a question first
-    if prompt and len(prompt) <= opened and full.startswith(prompt):
-        start = len(prompt)
+    if template.name not in BUILT_IN or marked.messages[i].content[:1].isspace():
+        try:
+            prompt = marked.render(i, True)
+        except TemplateRefused:
+            prompt = ""  # for instance a template that wants a question first
+        if len(prompt) <= opened and full.startswith(prompt):
+            start = len(prompt) or opened
     spaces = _SPACES.match(full, closed + 1)
     assert spaces is not None
     end = controls.get(spaces.end())
@@ -272,8 +274,8 @@ def _cut(
     def add_text(start: int, end: int) -> None:
         bounds = [start, *(cut for cut in cuts if start < cut < end), end]
         has_text = False
-        for a, b in zip(bounds, bounds[1:], strict=False):
-            text = full[a:b].translate(marked.restore)
+        for a, b in pairwise(bounds):
+            text = marked.plain(full[a:b])
             if text:
                 segments.append(Segment(text, is_target(a), is_continuation=has_text))
                 has_text = True
@@ -291,7 +293,7 @@ def _cut(
 class _Marked:
     """The messages of one conversation with their contents between private-use characters."""
 
-    __slots__ = ("_control", "_data", "_free", "_render", "_stand_ins", "close", "messages", "open", "restore")
+    __slots__ = ("_control", "_data", "_free", "_render", "_restore", "_stand_ins", "close", "messages", "open")
 
     def __init__(self, messages: Sequence[Message], control: Control, template: Template) -> None:
         self.messages = messages
@@ -303,7 +305,7 @@ class _Marked:
         self._stand_ins: dict[str, str] = {}
         self.close = next(self._free)
         self.open = [next(self._free) for _ in messages]
-        self.restore: dict[int, str | None] = dict.fromkeys(map(ord, (self.close, *self.open)))
+        self._restore = dict.fromkeys((self.close, *self.open), "")
         self._data = [self._marked(i, message, template.knows_input) for i, message in enumerate(messages)]
 
     def render(self, num_messages: int, for_reply: bool) -> str:
@@ -311,6 +313,14 @@ class _Marked:
             messages=self._data[:num_messages], add_generation_prompt=for_reply, tools=None, documents=None,
             **self._control.names,
         )  # fmt: skip
+
+    def plain(self, text: str) -> str:
+        """`text` without the marks and with the users' control-token strings back in their places."""
+        if len(self._restore) > 16:
+            return text.translate({ord(mark): original for mark, original in self._restore.items()})
+        for mark, original in self._restore.items():
+            text = text.replace(mark, original)
+        return text
 
     def _marked(self, i: int, message: Message, knows_input: bool) -> dict[str, str]:
         content = message.content
@@ -335,7 +345,7 @@ class _Marked:
         text = found.group()
         if text not in self._stand_ins:
             self._stand_ins[text] = next(self._free)
-            self.restore[ord(self._stand_ins[text])] = text
+            self._restore[self._stand_ins[text]] = text
         return self._stand_ins[text]
 
 

@@ -38,51 +38,53 @@ class Template:
     @property
     def knows_input(self) -> bool:
         """Whether the template prints a message's `input` itself (Alpaca's second field)."""
-        return "message.input" in self.jinja
+        return "['input']" in self.jinja or ".input" in self.jinja
 
 
 # Shared by both frames. The last question is what the frame asks; with history every earlier message goes in front
 # of it as Human:/Assistant: lines, as the card's inference does. A system message stands in its own paragraph before
 # the frame: the frame's bytes, on which the model was trained, stay as they are.
-_HISTORY = (
+_START = (
     "{{ bos_token }}"
-    "{%- set ns = namespace(asked='', input='', turns=0, answer='', answered=false) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{ message.content + '\\n\\n' }}"
-    "{%- elif message.role == 'assistant' and loop.last -%}"
-    "{%- set ns.answer = message.content -%}{%- set ns.answered = true -%}"
-    "{%- else -%}"
-    "{%- set name = 'Assistant' if message.role == 'assistant' else 'Human' -%}"
-    "{%- if ns.input -%}{%- set ns.asked = ns.asked + '\\n' + ns.input -%}{%- set ns.input = '' -%}{%- endif -%}"
-    "{%- if ns.turns == 0 and message.role != 'assistant' -%}{%- set ns.asked = message.content -%}"
-    "{%- elif ns.turns == 1 -%}{%- set ns.asked = 'Human:' + ns.asked + '\\n' + name + ':' + message.content -%}"
-    "{%- else -%}{%- set ns.asked = ns.asked + '\\n' + name + ':' + message.content -%}{%- endif -%}"
-    "{%- if message.input -%}{%- set ns.input = message.input -%}{%- endif -%}"
-    "{%- set ns.turns = ns.turns + 1 -%}"
+    "{%- set turns = messages -%}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{{ messages[0]['content'] + '\\n\\n' }}{%- set turns = messages[1:] -%}"
     "{%- endif -%}"
+    "{%- set answer = '' -%}"
+    "{%- if turns[-1]['role'] == 'assistant' -%}"
+    "{%- set answer = turns[-1]['content'] + eos_token -%}{%- set turns = turns[:-1] -%}"
+    "{%- endif -%}"
+    "{{ 'Below is an instruction that describes a task"
+)
+_REQUEST = ". Write a response that appropriately completes the request.\\n\\n### Instruction:\\n"
+_QUESTION = (
+    "{%- if turns | length == 1 -%}"
+    "{{ turns[0]['content'] }}"
+    "{%- else -%}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] == 'system' -%}{{ raise_exception('a system message must come first') }}{%- endif -%}"
+    "{{ ('' if loop.first else '\\n') + ('Assistant:' if message['role'] == 'assistant' else 'Human:')"
+    " + message['content'] }}"
+    "{%- if message['input'] and not loop.last -%}{{ '\\n' + message['input'] }}{%- endif -%}"
     "{%- endfor -%}"
+    "{%- endif -%}"
 )
-_END = "{%- if ns.answered -%}{{ ns.answer + eos_token }}{%- endif -%}"
 
-_CARD_FRAME = (
-    "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\\n\\n### Instruction:\\n\\n' + ns.asked + ('\\n' + ns.input if ns.input else '') + '\\n\\n### Response:\\n\\n' }}"
-)
+_CARD = (
+    _START + _REQUEST + "\\n' }}" + _QUESTION
+    + "{{ ('\\n' + turns[-1]['input'] if turns[-1]['input'] else '') + '\\n\\n### Response:\\n\\n' + answer }}"
+)  # fmt: skip
 
 # Source: the prompts of tatsu-lab/stanford_alpaca, train.py (Apache-2.0).
-_ALPACA_FRAME = (
-    "{%- if ns.input -%}"
-    "{{ 'Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\\n\\n### Instruction:\\n' + ns.asked + "
-    "'\\n\\n### Input:\\n' + ns.input + '\\n\\n### Response:' }}"
-    "{%- else -%}"
-    "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\\n\\n### Instruction:\\n' + ns.asked + '\\n\\n### Response:' }}"
-    "{%- endif -%}"
-)
+_ALPACA = (
+    _START + "' + (', paired with an input that provides further context' if turns[-1]['input'] else '') + '"
+    + _REQUEST + "' }}" + _QUESTION
+    + "{{ ('\\n\\n### Input:\\n' + turns[-1]['input'] if turns[-1]['input'] else '')"
+    + " + '\\n\\n### Response:' + answer }}"
+)  # fmt: skip
 
-CARD = Template("card", _HISTORY + _CARD_FRAME + _END, "last")
-ALPACA = Template("alpaca", _HISTORY + _ALPACA_FRAME + _END, "last")
+CARD = Template("card", _CARD, "last")
+ALPACA = Template("alpaca", _ALPACA, "last")
 BUILT_IN = {template.name: template for template in (CARD, ALPACA)}
 
 
