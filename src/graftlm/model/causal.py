@@ -8,8 +8,9 @@ through here.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +139,38 @@ def save_causal(
     folder: str | Path,
     max_shard: str = "5GB",
     also: Callable[[Path], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, str]:
-    """Write a plain model with a manifest, whole or not at all; `also` writes more files beside it. sha256 by
-    file.
+    """Write a plain model with a manifest, whole or not at all; returns sha256 by file.
 
+    `also` writes more files beside it; weights are rounded to `dtype` on disk only, the model keeps its own.
     Raises DiskError when the disk is full, read-only or broken.
     """
     assert not hasattr(model, "peft_config"), "merge the adapter before saving a plain model"
+    assert not any("parametrizations" in name for name, _ in model.named_parameters()), "join the rows first"
 
     def write(scratch: Path) -> None:
-        model.save_pretrained(scratch, max_shard_size=max_shard)
+        with _weights_as(model, dtype or model.dtype):
+            model.save_pretrained(scratch, max_shard_size=max_shard)
         if also is not None:
             also(scratch)
 
     return write_folder(Path(folder), write)
+
+
+@contextlib.contextmanager
+def _weights_as(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Let the parameters be of `dtype` for a while. Not `model.to`: that would round buffers for good."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    config_dtype = model.config.dtype
+    try:
+        for parameter, data in before:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+        model.config.dtype = config_dtype
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
