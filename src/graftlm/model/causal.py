@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -228,8 +229,10 @@ def _checked_config(folder: Path) -> PretrainedConfig:
             del config.auto_map
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{folder / 'config.json'} does not describe a model that can be built: {reason}",
             "Fetch config.json again from where the model came.",
