@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
+demo: $(STAMP)
+	$(VENV)/bin/graftlm run recipes/demo.yaml --out runs/demo
+
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
 

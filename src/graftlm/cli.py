@@ -70,7 +70,23 @@ def run(
     if as_json:
         show(result, True)
         return
-    print(f"model   {result.model}\nreport  {result.report}\nchat    graftlm chat {result.model}")
+    if result.questions:
+        _show_questions(result.questions)
+    print(f"model   {result.model}\nreport  {result.report}\nchat    {Path(sys.argv[0])} chat {result.model}")
+
+
+def _show_questions(questions: dict[str, Any]) -> None:
+    """Held-out questions and what the model answered, picked by the rule they carry; then the exact count."""
+    for shown in questions["shown"]:
+        print()
+        for message in shown["messages"][:-1]:
+            print(f"  {'Question' if message['role'] == 'user' else 'Answer  '}  {message['content']}")
+        verdict = "exact" if shown["is_exact"] else f"expected: {shown['messages'][-1]['content']}"
+        print(f"  Answer    {shown['answer']}    [{verdict}]")
+    exact, asked = questions["num_exact_learnable"], questions["num_learnable"]
+    share = f" ({exact / asked:.0%})" if asked else ""
+    print(f"\nExactly answered held-out questions: {exact} of {asked}{share}.")
+    print(f"Shown above: {questions['rule']}\n")
 
 
 @tokenizer_app.command("graft")
@@ -88,11 +104,12 @@ def tokenizer_graft(
 
     Example: graftlm tokenizer graft --base base/ --text zh.txt --script Han --num-pieces 8000 --out grafted/
     """
-    from graftlm.road_data import graft_spec_from_flags
+    from graftlm.recipe import Tokenizer
+    from graftlm.recipe_file import section_from_flags
     from graftlm.text.tokenizer import graft_tokenizer
 
-    spec = graft_spec_from_flags(mode, text or [], pieces, script or ["Han"], num_pieces)
-    show(graft_tokenizer(base, spec, out), as_json)
+    flags = {"mode": mode, "text": text or (), "pieces": pieces, "script": script or ("Han",), "num_pieces": num_pieces}
+    show(graft_tokenizer(base, section_from_flags(Tokenizer, flags), out), as_json)
 
 
 @tokenizer_app.command("check")

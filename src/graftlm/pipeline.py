@@ -7,25 +7,32 @@ section of the recipe and the folders it reads. Sees the whole recipe, which onl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graftlm.device import DTYPES, num_cores, pick_device
-from graftlm.model.causal import load_causal, new_causal, save_causal
+from graftlm.errors import UserError
+from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import expand_model
-from graftlm.recipe import Recipe, Source, Stage
-from graftlm.release.export import export_model
+from graftlm.recipe import Lora, Recipe, looks_like_hub_id
+from graftlm.release.export import Manifest, export_adapter, export_model
+from graftlm.release.judge import answer_exact, answer_samples, judge_states
 from graftlm.release.report import write_report
-from graftlm.road_data import data_spec, graft_spec
-from graftlm.road_judging import judge_run
 from graftlm.run import RunFolder, Step, fingerprint, key_of, read_json, say
-from graftlm.text.corpus import prepare_data
-from graftlm.text.dialogue import Template, find_template
+from graftlm.talk.generate import load_chatbot
+from graftlm.text.corpus import prepare_data, read_conversations
+from graftlm.text.dialogue import Conversation
 from graftlm.text.rows import TokenRows
-from graftlm.text.tokenizer import graft_tokenizer, load_tokenizer, train_base_tokenizer
-from graftlm.training.stage import StageRun, apply_stage
+from graftlm.text.templates import Template, find_template
+from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
+from graftlm.training.scratch import build_scratch_base
+from graftlm.training.stage import StageRun, apply_stage, attach_stage
+
+LANGUAGES = ("new", "old")
 
 
 @dataclass(slots=True)
@@ -39,11 +46,12 @@ class StepResult:
 
 @dataclass(slots=True)
 class RunResult:
-    """The finished road."""
+    """The finished road; `questions` holds the exact questions shown and their counts, where the recipe has any."""
 
     steps: list[StepResult] = field(default_factory=list)
     model: str = ""
     report: str = ""
+    questions: dict[str, Any] | None = None
 
 
 def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
@@ -51,52 +59,81 @@ def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
 
     Raises UserError, NumericalStop, DiskError, Interrupted.
     """
-    _check_inputs(recipe)
+    check_inputs(recipe)
+    torch.set_num_threads(num_cores())
     with RunFolder(folder, recipe.name) as run:
         run.write_recipe(recipe.model_dump(mode="json"))
-        return _Road(recipe, run).walk()
+        return _Road(recipe, run.folder).walk()
+
+
+def export_run(folder: Path, to: str, out: Path | None) -> Manifest:
+    """Write a finished run's model again, merged (`hf`) or as its last stage's adapter on the model below it.
+
+    `adapter` writes two folders: `adapter` and the `base` it belongs on. Raises UserError.
+    """
+    if to not in ("hf", "adapter"):
+        raise UserError(f"--to {to} is not known.", "Choose hf (one merged folder) or adapter (base and PEFT adapter).")
+    if not (folder / "recipe.json").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it holds no recipe.json.", "Give the folder of `graftlm run --out`."
+        )
+    recipe = Recipe.model_validate(read_json(folder / "recipe.json")["recipe"])
+    out = out or folder / f"export-{to}"
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} already holds files.", "Give --out a new or empty folder.")
+    with RunFolder(folder, recipe.name):
+        road = _Road(recipe, folder)
+        road.check_stages_done()
+        return road.export_adapter(out) if to == "adapter" else road.export(road.model_before(len(recipe.stages)), out)
 
 
 class _Road:
     """One walk along the road: the chain of keys, and the model in hand so that it is not loaded again."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
-        import torch
-
-        torch.set_num_threads(num_cores())
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
-        self.run = run
+        self.folder = folder
         self.device = pick_device(recipe.device)
         self.result = RunResult()
         self.key = ""
         self.model: Any = None
+        last = 4 + len(recipe.stages)
+        self.model_folder, self.report_folder = folder / f"{last}-model", folder / f"{last + 1}-report"
 
     def walk(self) -> RunResult:
         recipe = self.recipe
         if recipe.base.scratch:
-            self._take("0-scratch", recipe.base.scratch.model_dump(mode="json"), self._build_scratch)
-        inputs = [recipe.base.model, recipe.tokenizer.pieces, *recipe.tokenizer.text]
+            scratch = recipe.base.scratch
+            self._take(
+                "0-scratch", scratch.model_dump(mode="json"), self._build_scratch, scratch.text + scratch.heldout
+            )
+        inputs = (recipe.base.model, recipe.tokenizer.pieces, *recipe.tokenizer.text)
         self._take("1-tokenizer", recipe.tokenizer.model_dump(mode="json"), self._graft_tokenizer, inputs)
-        self._take("2-base", recipe.grow.model_dump(mode="json"), self._grow_base, [recipe.grow.vectors])
-        sources = [source.path for source in (*recipe.data.sources, *recipe.data.heldout, *recipe.data.text)]
+        self._take("2-base", recipe.grow.model_dump(mode="json"), self._grow_base, (recipe.grow.vectors,))
+        sources = tuple(source.path for source in (*recipe.data.sources, *recipe.data.heldout, *recipe.data.text))
         self._take("3-data", recipe.data.model_dump(mode="json"), self._prepare_data, sources)
         for number, stage in enumerate(recipe.stages):
-            self._take(self._stage_name(number), stage.model_dump(mode="json"), self._train_stage(number))
-        number = 4 + len(recipe.stages)
-        self._take(f"{number}-model", recipe.export.model_dump(mode="json"), self._export)
-        questions = [recipe.report.exact_questions]
-        self._take(f"{number + 1}-report", recipe.report.model_dump(mode="json"), self._report, questions)
-        self.result.model = str(self.run.folder / f"{number}-model")
-        self.result.report = str(self.run.folder / f"{number + 1}-report" / "report.html")
+            self._take(self._stage_folder(number).name, stage.model_dump(mode="json"), self._train_stage(number))
+        self._take(self.model_folder.name, recipe.export.model_dump(mode="json"), self._export_model)
+        questions = (recipe.report.exact_questions,)
+        self._take(self.report_folder.name, recipe.report.model_dump(mode="json"), self._report, questions)
+        self.result.model = str(self.model_folder)
+        self.result.report = str(self.report_folder / "report.html")
+        asked = self.report_folder / "questions.json"
+        self.result.questions = read_json(asked) if asked.is_file() else None
         return self.result
 
     def _take(
-        self, name: str, asked: dict[str, Any], work: Callable[[Step], dict[str, Any]], inputs: list[Any] | None = None
+        self,
+        name: str,
+        asked: dict[str, Any],
+        work: Callable[[Step], dict[str, Any]],
+        inputs: tuple[str | None, ...] = (),
     ) -> None:
         """Do one step, or find it done. Its key holds what it is asked, what it reads and every step before it."""
-        given = {str(path): fingerprint(path) for path in inputs or [] if path}
+        given = [fingerprint(path) for path in inputs if path]
         self.key = key_of(name, asked, given, self.key, self.recipe.seed)
-        step = self.run.step(name)
+        step = Step(self.folder / name)
         if step.is_done(self.key):
             self.result.steps.append(StepResult(name, step.seconds(), "unchanged"))
             say(f"{name}: unchanged")
@@ -110,92 +147,69 @@ class _Road:
         self.result.steps.append(StepResult(name, seconds, "done"))
         say(f"{name}: done in {seconds:.1f} s")
 
-    def _path(self, name: str) -> Path:
-        return self.run.folder / name
-
-    def _stage_name(self, number: int) -> str:
-        return f"{4 + number}-{self.recipe.stages[number].name}"
+    def _stage_folder(self, number: int) -> Path:
+        return self.folder / f"{4 + number}-{self.recipe.stages[number].name}"
 
     @property
     def _base(self) -> str | Path:
-        return self.recipe.base.model or self._path("0-scratch") / "model"
+        return self.recipe.base.model or self.folder / "0-scratch" / "model"
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder / "1-tokenizer")
 
     @property
     def _template(self) -> Template:
-        return find_template(self.recipe.data.template, load_tokenizer(self._path("1-tokenizer")))
+        return find_template(self.recipe.data.template, self._tokenizer)
 
     def _build_scratch(self, step: Step) -> dict[str, Any]:
-        scratch = self.recipe.base.scratch
-        assert scratch is not None
-        tokenizer_folder = step.folder / "tokenizer"
-        texts = [Path(path).read_text(encoding="utf-8") for path in scratch.text]
-        train_base_tokenizer(texts, scratch.num_pieces, tokenizer_folder)
-        tokenizer = load_tokenizer(tokenizer_folder)
-        model = new_causal(
-            num_rows=tokenizer.num_pieces,
-            hidden_size=scratch.hidden_size,
-            num_layers=scratch.num_layers,
-            num_heads=scratch.num_heads,
-            intermediate_size=scratch.intermediate_size,
-            is_tied=scratch.tied,
-            max_positions=scratch.max_positions,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            seed=self.recipe.seed,
-        )
-        rows = text_token_rows(scratch.text, tokenizer, scratch.row_tokens)
-        heldout = {"old": text_token_rows(scratch.heldout, tokenizer, scratch.row_tokens)} if scratch.heldout else {}
-        training = StageRun(model, scratch.training, rows, heldout, step.folder, self.device, first_new_id=None)
-        training.run()
-        model = training.finished_model()
-        save_causal(model.cpu(), step.folder / "model", also=tokenizer.save)
-        return {"num_pieces": tokenizer.num_pieces}
+        assert self.recipe.base.scratch is not None
+        return build_scratch_base(self.recipe.base.scratch, self.recipe.seed, step.folder, self.device)
 
     def _graft_tokenizer(self, step: Step) -> dict[str, Any]:
-        section = self.recipe.tokenizer
-        if section.mode == "keep":
-            load_tokenizer(self._base).save(step.folder)
-            return {}
-        graft_tokenizer(self._base, graft_spec(section), step.folder)
+        base = find_model(self._base)
+        if self.recipe.tokenizer.mode == "keep":
+            load_tokenizer(base).save(step.folder)
+        else:
+            graft_tokenizer(base, self.recipe.tokenizer, step.folder)
         return {}
 
     def _grow_base(self, step: Step) -> dict[str, Any]:
-        section = self.recipe.grow
+        grow = self.recipe.grow
+        tokenizer = self.folder / "1-tokenizer"
         expand_model(
             self._base,
-            self._path("1-tokenizer"),
-            section.embedding,
+            tokenizer,
+            grow.embedding,
             step.folder,
-            head_init=section.head,
-            vectors=section.vectors,
-            seed=section.seed,
+            head_init=grow.head,
+            vectors=grow.vectors,
+            seed=grow.seed,
         )
         return {}
 
     def _prepare_data(self, step: Step) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self._path("1-tokenizer"))
-        prepare_data(data_spec(self.recipe.data), tokenizer, self._template, step.folder)
+        prepare_data(self.recipe.data, self._tokenizer, self._template, step.folder)
         return {}
 
     def model_before(self, number: int) -> Any:
         """The plain float32 model that stage `number` begins with."""
-        model = load_causal(self._path("2-base"))
+        model = load_causal(self.folder / "2-base")
         for earlier in range(number):
-            folder = self._path(self._stage_name(earlier))
-            model = apply_stage(model, self.recipe.stages[earlier], folder, self._first_new_id)
+            model = self._apply(model, earlier)
         return model
 
-    @property
-    def _first_new_id(self) -> int | None:
-        return load_tokenizer(self._path("1-tokenizer")).first_new_id
+    def _apply(self, model: Any, number: int) -> Any:
+        return apply_stage(model, self.recipe.stages[number], self._stage_folder(number), self._tokenizer.first_new_id)
 
     def _train_stage(self, number: int) -> Callable[[Step], dict[str, Any]]:
         def work(step: Step) -> dict[str, Any]:
-            stage: Stage = self.recipe.stages[number]
-            tokenizer = load_tokenizer(self._path("1-tokenizer"))
-            data = self._path("3-data")
+            stage = self.recipe.stages[number]
+            tokenizer = self._tokenizer
+            data = self.folder / "3-data"
             rows = TokenRows.load(data / ("text" if stage.objective == "text" else "train"), tokenizer=tokenizer)
-            heldout = heldout_rows(data)
+            held = {language: data / f"heldout-{language}" for language in LANGUAGES}
+            heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
             model = self.model if self.model is not None else self.model_before(number)
             self.model = None
             training = StageRun(model, stage, rows, heldout, step.folder, self.device, tokenizer.first_new_id)
@@ -205,67 +219,92 @@ class _Road:
 
         return work
 
-    def _export(self, step: Step) -> dict[str, Any]:
+    def _export_model(self, step: Step) -> dict[str, Any]:
         model = self.model if self.model is not None else self.model_before(len(self.recipe.stages))
         self.model = None
+        return {"max_logit_difference": self.export(model, step.folder).max_logit_difference}
+
+    def export(self, model: Any, out: Path) -> Manifest:
+        """Write one merged folder for plain transformers."""
         section = self.recipe.export
-        tokenizer = load_tokenizer(self._path("1-tokenizer"))
-        manifest = export_model(
-            model.cpu(),
-            tokenizer,
-            self._template.jinja,
-            step.folder,
-            dtype=DTYPES[section.dtype],
-            max_shard=f"{section.max_shard_gb:g}GB",
-        )
-        return {"max_logit_difference": manifest.max_logit_difference}
+        dtype, max_shard = DTYPES[section.dtype], f"{section.max_shard_gb:g}GB"
+        return export_model(model.cpu(), self._tokenizer, self._template.jinja, out, dtype=dtype, max_shard=max_shard)
+
+    def export_adapter(self, out: Path) -> Manifest:
+        """Write the last stage's adapter, and beside it the model it belongs on."""
+        number = len(self.recipe.stages) - 1
+        stage = self.recipe.stages[number]
+        if not isinstance(stage.trains, Lora):
+            raise UserError(
+                f"The last stage, {stage.name}, trains {stage.trains.kind}: there is no adapter to export.",
+                "Export with --to hf.",
+            )
+        below = self.model_before(number)
+        export_model(below, self._tokenizer, self._template.jinja, out / "base", dtype=torch.float32)
+        tokenizer = self._tokenizer
+        adapted = attach_stage(below, stage, self._stage_folder(number), tokenizer.first_new_id)
+        return export_adapter(adapted, tokenizer, self._template.jinja, out / "adapter", out / "base")
+
+    def check_stages_done(self) -> None:
+        """Refuse a run whose training has not ended. Raises UserError."""
+        for number in range(len(self.recipe.stages)):
+            if not (self._stage_folder(number) / "done.json").is_file():
+                raise UserError(
+                    f"Stage {self.recipe.stages[number].name} of {self.folder} is not finished.",
+                    "Run its recipe again to continue it.",
+                )
 
     def _report(self, step: Step) -> dict[str, Any]:
-        states = [("base", self._base, None), ("grown", self._path("2-base"), None)]
-        stages = [(s.name, s, self._path(self._stage_name(i))) for i, s in enumerate(self.recipe.stages)]
-        model_folder = self._path(f"{4 + len(stages)}-model")
-        judge_run(self.recipe, states, stages, self._path("3-data"), model_folder, step.folder, self.device)
-        write_report(self.run.folder)
+        section = self.recipe.report
+        conversations = self._heldout_conversations()
+        judge_states(self._states(), conversations, self._template, self.device, step.folder)
+        chatbot = load_chatbot(self.model_folder, self.recipe.device)
+        answer_samples(chatbot, conversations, section.num_samples, section.max_answer_tokens, step.folder)
+        if section.exact_questions:
+            answer_exact(
+                chatbot, section.exact_questions, section.questions_shown, section.max_answer_tokens, step.folder
+            )
+        write_report(self.folder)
         return {}
 
+    def _heldout_conversations(self) -> dict[str, list[Conversation]]:
+        files = {language: self.folder / "3-data" / f"heldout-{language}.jsonl" for language in LANGUAGES}
+        return {
+            language: read_conversations(path, language=language)[0]
+            for language, path in files.items()
+            if path.is_file()
+        }
 
-def text_token_rows(paths: tuple[str, ...], tokenizer: Any, row_tokens: int) -> TokenRows:
-    """Rows of plain text files: one document a blank-line-separated paragraph block, every token a target."""
-    from graftlm.text.rows import RowsBuilder, text_rows
-
-    builder = RowsBuilder(tokenizer.num_pieces)
-    for path in paths:
-        text = Path(path).read_text(encoding="utf-8")
-        documents = [document for document in text.split("\n\n") if document.strip()]
-        for number, rows in enumerate(text_rows(documents, tokenizer, row_tokens), start=1):
-            for row in rows:
-                builder.add(row, f"{path}:{number}")
-    return builder.rows()
-
-
-def heldout_rows(data: Path) -> dict[str, TokenRows]:
-    """Held-out rows by language (`new`, `old`), as far as the data step made them."""
-    found = {language: data / f"heldout-{language}" for language in ("new", "old")}
-    rows = {language: TokenRows.load(folder) for language, folder in found.items() if folder.is_dir()}
-    return {language: held for language, held in rows.items() if len(held)}
+    def _states(self) -> Iterator[tuple[str, Any, Tokenizer]]:
+        """The model at every stop of the road, one in memory at a time."""
+        tokenizer = self._tokenizer
+        yield "base", load_causal(self._base).to(self.device), load_tokenizer(find_model(self._base))
+        model = load_causal(self.folder / "2-base")
+        yield "grown", model.to(self.device), tokenizer
+        for number, stage in enumerate(self.recipe.stages):
+            model = self._apply(model.cpu(), number)
+            yield stage.name, model.to(self.device), tokenizer
+        yield "model", load_causal(self.model_folder).to(self.device), tokenizer
 
 
-def _check_inputs(recipe: Recipe) -> None:
-    """Every local path of the recipe must exist before the first step: told all at once."""
-    from graftlm.errors import UserError
-    from graftlm.recipe import looks_like_hub_id
-
-    base = [recipe.base.model] if recipe.base.model else [*recipe.base.scratch.text, *recipe.base.scratch.heldout]
-    tokenizer = [recipe.tokenizer.pieces, *recipe.tokenizer.text]
-    sources: tuple[Source, ...] = (*recipe.data.sources, *recipe.data.heldout, *recipe.data.text)
-    paths = [*base, *tokenizer, *(s.path for s in sources), recipe.grow.vectors, recipe.report.exact_questions]
-    missing = sorted({p for p in paths if p and not Path(p).exists() and not looks_like_hub_id(p)})
+def check_inputs(recipe: Recipe) -> None:
+    """Every local path of the recipe must exist before the first step: told all at once. Raises UserError."""
+    scratch = recipe.base.scratch
+    base = (*scratch.text, *scratch.heldout) if scratch else (recipe.base.model,)
+    sources = (*recipe.data.sources, *recipe.data.heldout, *recipe.data.text)
+    tokenizer = (recipe.tokenizer.pieces, *recipe.tokenizer.text, recipe.tokenizer.common_characters)
+    named = {"gb2312-1", "none"}
+    paths = (*base, *tokenizer, *(s.path for s in sources), recipe.grow.vectors, recipe.report.exact_questions)
+    missing = sorted(
+        {
+            path
+            for path in paths
+            if path and path not in named and not Path(path).exists() and not looks_like_hub_id(path)
+        }
+    )
     if missing:
         listed = "".join(f"\n  {path}" for path in missing)
         raise UserError(
             f"The recipe names {len(missing)} path{'s' if len(missing) > 1 else ''} that do not exist:{listed}",
             "Mend the recipe, or override the key on the command line (section.key=PATH).",
         )
-
-
-__all__ = ["RunResult", "StepResult", "heldout_rows", "read_json", "run_recipe", "text_token_rows"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from graftlm.recipe import Recipe
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
 
+S = TypeVar("S", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 Lines = dict[Path_, tuple[str, int]]
 
@@ -47,6 +48,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
         fix = "Mend them and run the same command again; docs/guide.md lists every key."
         raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix) from None
+
+
+def section_from_flags(section: type[S], flags: dict[str, Any]) -> S:
+    """A section built from a command's flags. Raises UserError naming each flag at fault."""
+    try:
+        return section.model_validate(flags)
+    except ValidationError as error:
+        told = []
+        for detail in error.errors():
+            flag = "--" + str(detail["loc"][0]).replace("_", "-") + ": " if detail["loc"] else ""
+            told.append(flag + detail["msg"].removeprefix("Value error, "))
+        raise UserError("\n".join(dict.fromkeys(told)), "Mend the flags; --help shows an example.") from None
 
 
 def _read_with_parent(path: Path, lines: Lines) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""A small base model from nothing: its tokenizer is learned and its weights pre-trained on plain text.
+
+Owns the order of that work. Does not know recipes beyond its section, nor the language grafted later. It stands in
+for a published base where none may be downloaded: the demo, tests, a first try on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from graftlm.errors import UserError
+from graftlm.model.causal import new_causal, save_causal
+from graftlm.recipe import Scratch
+from graftlm.text.rows import RowsBuilder, TokenRows, text_rows
+from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokenizer
+from graftlm.training.stage import StageRun
+
+
+def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.device) -> dict[str, int]:
+    """Learn a tokenizer, pre-train a model, and save both in `folder`/model; continued when interrupted.
+
+    Returns `num_pieces` and `num_steps`. Raises UserError, NumericalStop, DiskError, Interrupted.
+    """
+    texts = [read_plain(path) for path in scratch.text]
+    train_base_tokenizer(texts, scratch.num_pieces, folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = new_causal(
+        num_rows=tokenizer.num_pieces,
+        hidden_size=scratch.hidden_size,
+        num_layers=scratch.num_layers,
+        num_heads=scratch.num_heads,
+        intermediate_size=scratch.intermediate_size,
+        is_tied=scratch.tied,
+        max_positions=scratch.max_positions,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        seed=seed,
+    )
+    rows = _rows_of(scratch.text, tokenizer, scratch.row_tokens)
+    heldout = {"old": _rows_of(scratch.heldout, tokenizer, scratch.row_tokens)} if scratch.heldout else {}
+    run = StageRun(model, scratch.training, rows, heldout, folder, device, first_new_id=None)
+    run.run()
+    save_causal(run.finished_model().cpu(), folder / "model", also=tokenizer.save)
+    return {"num_pieces": tokenizer.num_pieces, "num_steps": run.step}
+
+
+def read_plain(path: str | Path) -> str:
+    """The text of a UTF-8 file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}).", f"Convert it: iconv -f GB18030 -t UTF-8 {path} > new.txt"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Name a plain text file.") from None
+
+
+def _rows_of(paths: Sequence[str], tokenizer: Tokenizer, row_tokens: int) -> TokenRows:
+    """Rows of plain text files: a document is a block between blank lines, every token of it a target."""
+    builder = RowsBuilder(tokenizer.num_pieces)
+    for path in paths:
+        documents = [document for document in read_plain(path).split("\n\n") if document.strip()]
+        for number, rows in enumerate(text_rows(documents, tokenizer, row_tokens), start=1):
+            for row in rows:
+                builder.add(row, f"{path}:{number}")
+    return builder.rows()
