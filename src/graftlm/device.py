@@ -186,5 +186,5 @@ class Precision:
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
     """The 2-norm over all `tensors`, summed in float64 so that a large model does not lose digits."""
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack(norms).double().norm().item() if norms else 0.0
+    present = list(tensors)
+    return torch.stack(torch._foreach_norm(present)).double().norm().item() if present else 0.0
