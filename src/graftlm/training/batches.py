@@ -87,9 +87,9 @@ def row_batches(rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, dev
 class Steps:
     """All steps of a stage: which rows each takes, and their micro-batches."""
 
-    def __init__(
-        self, rows: TokenRows, *, batch_rows: int, micro_batch_tokens: int, epochs: float, seed: int
-    ) -> None:
+    def __init__(self, rows: TokenRows, *, batch_rows: int, micro_batch_tokens: int, epochs: float, seed: int) -> None:
+        if not len(rows):
+            raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
         longest = int(rows.lengths.max())
         if longest > micro_batch_tokens:
             raise UserError(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graftlm.errors import DiskError, UserError
@@ -47,19 +50,34 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
                 f"A checkpoint needs {needed:,} bytes below {folder.parent} and {free:,} are free.",
                 "Free space and run the same command again: the last checkpoint is intact.",
             )
-        temporary.mkdir()
-        for name, group in checkpoint.tensors.items():
-            save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
-        (temporary / "values.json").write_text(json.dumps(checkpoint.values), encoding="utf-8")
-        manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+        try:
+            _write(temporary, checkpoint)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
         _flush(folder.parent)
+
+
+def _write(temporary: Path, checkpoint: Checkpoint) -> None:
+    temporary.mkdir()
+    for name, group in checkpoint.tensors.items():
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
+        except SafetensorError as error:
+            # safetensors hides the system's error number in its text.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    (temporary / "values.json").write_text(json.dumps(checkpoint.values), encoding="utf-8")
+    manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for file in temporary.iterdir():
+        _flush(file)
+    _flush(temporary)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -89,10 +107,40 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def prune_checkpoints(checkpoints: Path) -> None:
-    """Keep the newest `KEPT` complete checkpoints."""
+def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoint | None:
+    """The newest checkpoint that is whole and holds `groups`; None when there is none at all.
+
+    Damaged ones are told of and, once an older one has taken their place, deleted. Raises UserError when every
+    one is damaged: starting anew in silence would throw the work away.
+    """
+    damaged: list[Path] = []
+    problem: UserError | None = None
+    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+        try:
+            checkpoint = load_checkpoint(folder)
+            lacking = [name for name in groups if name not in checkpoint.tensors]
+            if lacking:
+                raise UserError(f"Checkpoint {folder} lacks {lacking[0]}.safetensors.", "Use an older one.")
+        except UserError as error:
+            say(f"{error.problem} Looking for an earlier checkpoint.")
+            problem = problem or error
+            damaged.append(folder)
+            continue
+        for bad in damaged:
+            shutil.rmtree(bad, ignore_errors=True)
+        return checkpoint
+    if problem is None:
+        return None
+    raise UserError(
+        f"{problem.problem} No earlier checkpoint is whole.",
+        f"Put the damaged file back, or delete {checkpoints.parent} to train this stage anew.",
+    )
+
+
+def prune_checkpoints(checkpoints: Path, num_kept: int = KEPT) -> None:
+    """Keep the newest `num_kept` complete checkpoints."""
     complete = [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
-    for folder in complete[:-KEPT]:
+    for folder in complete[:-num_kept]:
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -1,6 +1,6 @@
 """One stage around the loop: what learns, from which rows, watched and saved how.
 
-Owns preparing a model for a stage, resuming, held-out readings, best weights, early stopping and interruption.
+Owns resuming, held-out readings, best weights, early stopping and interruption.
 The loop knows none of it: everything hangs on `on_step`. A stage's result is one file of trained tensors;
 `apply_stage` puts it onto the model the stage began with.
 """
@@ -14,28 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 
 from graftlm.device import (
     DTYPES,
     LossScaler,
     Precision,
+    peak_memory_bytes,
     random_states,
     restore_random_states,
     seed_everything,
 )
-from graftlm.errors import Interrupted, UserError
+from graftlm.errors import Interrupted, NumericalStop, UserError
 from graftlm.model.causal import body_of
-from graftlm.model.lora import attach_lora, merge_lora
 from graftlm.model.packed import attend_packed, attend_plain
-from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
-from graftlm.recipe import Full, Lora, NewRows, Stage
+from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Steps
 from graftlm.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
+    load_newest_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -44,8 +43,17 @@ from graftlm.training.checkpoint import (
 from graftlm.training.heldout import heldout_losses
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import learning_rate_shape, make_optimizer
+from graftlm.training.trainable import (
+    copy_weights,
+    learning_roles,
+    prepare_model,
+    restore_model,
+    trainable_parameters,
+)
 
 TRAINED = "trained"
+BEST = "best"
+STATE_GROUPS = ("weights", "optimizer", "random")
 EVALS_BY_DEFAULT = 5
 
 
@@ -53,59 +61,16 @@ class _EarlyStop(Exception):
     """Held-out loss has not improved for long enough."""
 
 
-def prepare_model(model: Any, trains: Full | Lora | NewRows, first_new_id: int | None, seed: int) -> Any:
-    """Make exactly what `trains` names trainable; returns the model (wrapped by PEFT for LoRA).
-
-    Rows of the embedding and head are split at `first_new_id`, so that old and new rows are parameters of their
-    own: they take their own rate, or stay bit for bit as they were.
-    """
-    if isinstance(trains, NewRows) and first_new_id is None:
-        raise UserError(
-            "A new-rows stage needs a grafted tokenizer, and this one has no new pieces.",
-            "Graft pieces (tokenizer.mode), or choose another kind of stage.",
-        )
-    model.requires_grad_(isinstance(trains, Full))
-    if isinstance(trains, Lora):
-        model = attach_lora(
-            model,
-            rank=trains.rank,
-            alpha=trains.alpha,
-            dropout=trains.dropout,
-            targets=trains.targets,
-            rslora=trains.rslora,
-            dora=trains.dora,
-            seed=seed,
-        )
-    rows = "all" if isinstance(trains, Full) else "new" if isinstance(trains, NewRows) else trains.rows
-    if first_new_id is not None:
-        split_rows(model, first_new_id)
-    roles = parameter_groups_by_role(model)
-    learns = {"old_rows": rows == "all", "new_rows": rows in ("all", "new")}
-    for role, does_learn in learns.items():
-        for _, parameter in roles[role]:
-            parameter.requires_grad_(does_learn)
-    return model
-
-
-def restore_model(model: Any, trains: Full | Lora | NewRows, first_new_id: int | None) -> Any:
-    """Undo `prepare_model` keeping what was learned: adapters are merged, rows joined."""
-    if isinstance(trains, Lora):
-        model = merge_lora(model)
-    if first_new_id is not None:
-        join_rows(model)
-    return model.requires_grad_(False)
-
-
-def trainable_parameters(model: Any) -> dict[str, Parameter]:
-    """Everything that learns, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def apply_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
     """Put the result of a finished stage onto the model it began with; returns a plain model in float32."""
+    return restore_model(attach_stage(model, stage, folder, first_new_id), stage.trains, first_new_id)
+
+
+def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
+    """The model as it stood at the end of a finished stage: adapters attached, not merged."""
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
-    _copy_into(model, load_checkpoint(folder / TRAINED).tensors["weights"])
-    return restore_model(model, stage.trains, first_new_id)
+    copy_weights(model, load_checkpoint(folder / TRAINED).tensors["weights"])
+    return model
 
 
 def make_precision(stage: Stage, device: torch.device) -> Precision:
@@ -143,7 +108,7 @@ class StageRun:
         attend_packed(body_of(self.model))
         if stage.gradient_checkpointing:
             body_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-        self.roles = _learning_roles(self.model)
+        self.roles = learning_roles(self.model)
         self.optimizer = make_optimizer(self.roles, stage)
         self.precision = make_precision(stage, device)
         self.steps = Steps(
@@ -178,15 +143,11 @@ class StageRun:
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there was one. Raises UserError."""
-        folder = newest_checkpoint(self.checkpoints)
-        if folder is None:
-            self.metrics.cut_after(0)
+        saved = load_newest_checkpoint(self.checkpoints, STATE_GROUPS)
+        if saved is None:
+            self.metrics.cut_after(-1)
             return False
-        saved = load_checkpoint(folder)
-        for name in ("weights", "optimizer", "random"):
-            if name not in saved.tensors:
-                raise UserError(f"Checkpoint {folder} lacks {name}.safetensors.", f"Delete {folder} to use an older one.")
-        _copy_into(self.model, saved.tensors["weights"])
+        copy_weights(self.model, saved.tensors["weights"])
         _restore_optimizer(self.optimizer, self.model, saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
         values = saved.values
@@ -225,14 +186,31 @@ class StageRun:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if self.num_updates == 0:
+            raise NumericalStop(
+                f"{self.stage.name}: each of its {self.step} steps had gradients that are not finite; nothing was "
+                f"learned (loss scale {self.precision.loss_scale:g}).",
+                "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.",
+            )
         self._keep_result()
+        if self.is_stopping:
+            raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
     def finished_model(self) -> Any:
-        """The plain model with what the kept weights learned, in float32."""
-        _copy_into(self.model, load_checkpoint(self.folder / TRAINED).tensors["weights"])
-        model = restore_model(self.model, self.stage.trains, self.first_new_id)
+        """The plain model with what the kept weights learned, in float32 on the CPU.
+
+        Merged there, so that a run continued through `apply_stage` goes on from the same bits.
+        """
+        model = self.model.cpu()
+        copy_weights(model, load_checkpoint(self.folder / TRAINED).tensors["weights"])
+        body_of(model).gradient_checkpointing_disable()
+        model = restore_model(model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory held so far, on the device that trains."""
+        return peak_memory_bytes(self.precision.device)
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu() for name, p in trainable_parameters(self.model).items()}
@@ -266,7 +244,9 @@ class StageRun:
         if judged["bits_per_byte"] < self.best_loss:
             self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
             if self.stage.keep == "best" and step > 0:
-                save_checkpoint(self.folder / "best", Checkpoint({"weights": self._weights()}, {"step": step}))
+                best = Checkpoint({"weights": self._weights()}, {"step": step})
+                save_checkpoint(step_folder(self.folder / BEST, step), best)
+                prune_checkpoints(self.folder / BEST, num_kept=1)
         else:
             self.readings_since_best += 1
 
@@ -285,28 +265,27 @@ class StageRun:
         say(f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)")
 
     def _stop_if_asked(self, record: StepRecord) -> None:
-        if self.is_stopping and record.step < self.steps.num_steps:
-            self._save()
+        if not self.is_stopping:
+            return
+        self._save()
+        if record.step < self.steps.num_steps:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
     def _keep_result(self) -> None:
-        best = self.folder / "best"
-        if self.stage.keep == "best" and best.exists():
+        best = newest_checkpoint(self.folder / BEST)
+        if self.stage.keep == "best" and best is not None:
             kept = load_checkpoint(best)
         else:
+            if self.stage.keep == "best" and self.heldout:
+                say(f"{self.stage.name}: no held-out reading was better than before it; its last weights are kept")
             kept = Checkpoint({"weights": self._weights()}, {"step": self.step})
         save_checkpoint(self.folder / TRAINED, kept)
-
-
-def _learning_roles(model: Any) -> dict[str, list[Parameter]]:
-    roles = parameter_groups_by_role(model)
-    return {role: [p for _, p in named if p.requires_grad] for role, named in roles.items()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, torch.Tensor]:
     names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
     return {
-        f"{names[id(parameter)]}|{key}": value.detach().cpu().clone()
+        f"{names[id(parameter)]}|{key}": value.detach().cpu()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -319,18 +298,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, model: Any, tensors: di
         parameter = parameters[name]
         # AdamW keeps its step count where its kernel wants it; moments lie beside their parameter.
         optimizer.state[parameter][key] = value.to(parameter.device)
-
-
-def _copy_into(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = trainable_parameters(model)
-    different = sorted(parameters.keys() ^ tensors.keys())
-    if different:
-        raise UserError(
-            f"The saved weights are not those this stage trains: {different[0]} is on one side only.",
-            "Delete the stage's folder and run the recipe again.",
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
