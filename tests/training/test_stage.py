@@ -1,0 +1,346 @@
+"""A stage: what learns and what does not, interrupted anywhere and continued to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import FIRST_NEW_ID, make_stage, tiny_model, weights_sha256
+
+from graftlm.errors import DiskError, Interrupted, NumericalStop, UserError
+from graftlm.model.causal import load_causal, save_causal
+from graftlm.recipe import Lora
+from graftlm.run import read_metrics
+from graftlm.training import checkpoint as checkpoint_module
+from graftlm.training import stage as stage_module
+from graftlm.training.stage import StageRun, apply_stage
+from graftlm.training.trainable import prepare_model, restore_model, trainable_parameters
+
+FULL = {"kind": "full"}
+NEW_ROWS = {"kind": "new-rows"}
+LORA = {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.2}
+# The first steps overflow and are skipped; growth every 2 good steps makes later ones overflow too.
+LOUD = {"initial": 2.0**26, "growth_interval": 2, "hysteresis": 1, "floor": 1e-4}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code may catch it."""
+
+
+def finish(run):
+    run.run()
+    return run.finished_model()
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "step"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "trains",
+    [
+        FULL,
+        {**LORA, "rows": "all"},
+        {**LORA, "rows": "new", "rslora": True},
+        {**LORA, "rows": "none"},
+        {**LORA, "rows": "new", "dora": True},
+        NEW_ROWS,
+    ],
+    ids=lambda t: "-".join(str(v) for v in t.values()),
+)
+def test_what_learns_learns_and_the_rest_stays_bit_for_bit(stage_run, tmp_path, trains, tied):
+    """Weight decay and Adam's momentum included; the result is a plain fp32 model that plain transformers load."""
+    stage = make_stage(trains, weight_decay=0.3)
+    before = {name: t.clone() for name, t in tiny_model(tied).state_dict().items()}
+    after = finish(stage_run(stage, tied=tied))
+    state = after.state_dict()
+    assert state.keys() == before.keys()
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    rows = trains.get("rows", "new" if trains == NEW_ROWS else "all")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old = torch.equal(state[name][:FIRST_NEW_ID], before[name][:FIRST_NEW_ID])
+        new = torch.equal(state[name][FIRST_NEW_ID:], before[name][FIRST_NEW_ID:])
+        assert (old, new) == (rows != "all", rows == "none"), name
+    norm, projection = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(state[norm], before[norm]) is (trains != FULL)
+    assert torch.equal(state[projection], before[projection]) is (trains == NEW_ROWS)
+    ids = torch.tensor([[1, 5, 45, 41, 2]])
+    save_causal(after, tmp_path / "saved")
+    assert "graftlm" not in (tmp_path / "saved" / "config.json").read_text()
+    with torch.no_grad():
+        assert torch.equal(load_causal(tmp_path / "saved")(ids).logits, after(ids).logits)
+    again = apply_stage(tiny_model(tied), stage, tmp_path / "stage", FIRST_NEW_ID)
+    assert weights_sha256(again) == weights_sha256(after)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"rslora": True}, {"dora": True}, {"rows": "new"}])
+def test_merged_equals_adapter(tied, extra):
+    """N4: logits within 1e-5 of those of the adapter."""
+    trains = Lora(kind="lora", rank=3, alpha=6, **extra)
+    model = prepare_model(tiny_model(tied), trains, FIRST_NEW_ID, seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.tensor([[1, 5, 45, 41, 2]])
+    with torch.no_grad():
+        adapter = model.eval()(ids).logits
+        merged = restore_model(model, trains, FIRST_NEW_ID)(ids).logits
+    assert torch.allclose(adapter, merged, atol=1e-5, rtol=0)
+
+
+def test_new_rows_without_new_pieces_are_refused():
+    for trains in (make_stage(NEW_ROWS).trains, make_stage({**LORA, "rows": "new"}).trains):
+        with pytest.raises(UserError, match="no new pieces"):
+            prepare_model(tiny_model(), trains, None, seed=0)
+
+
+CASES = [
+    pytest.param(trains, precision, id=f"{trains['kind']}-{precision}")
+    for trains in (FULL, LORA, NEW_ROWS)
+    for precision in ("fp32", "bf16", "fp16")
+]
+
+
+@pytest.mark.parametrize(("trains", "precision"), CASES)
+def test_interrupted_anywhere_is_the_same_run(stage_run, tmp_path, monkeypatch, trains, precision):
+    """R1, R3: killed after each step and at each write of a checkpoint, weights and metrics end the same."""
+    stage = make_stage(trains, precision=precision, loss_scale=LOUD, epochs=4, checkpoint_every=3, heldout_every=2)
+    whole = stage_run(stage, "whole")
+    expected = weights_sha256(finish(whole))
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    if precision == "fp16":
+        skipped = [line["skipped"] for line in lines if line["event"] == "step"]
+        assert any(skipped)
+        assert not all(skipped)
+    kills = iter([("step", 1), ("step", 4), ("write", 1), ("rename", 2), ("step", 5), ("write", 3), ("kept", 1)])
+    real = {
+        "step": StageRun._record,
+        "write": checkpoint_module._facts,
+        "rename": Path.rename,
+        "kept": StageRun._keep_result,
+    }
+
+    def killing(kind, number):
+        left = [number]
+
+        def call(*args, **keys):
+            result = None if kind == "rename" else real[kind](*args, **keys)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return real[kind](*args, **keys) if kind == "rename" else result
+
+        return call
+
+    places = {
+        "step": (StageRun, "_record"),
+        "write": (checkpoint_module, "_facts"),
+        "rename": (Path, "rename"),
+        "kept": (StageRun, "_keep_result"),
+    }
+    for kind, number in kills:
+        with monkeypatch.context() as patch:
+            run = stage_run(stage, "cut")
+            patch.setattr(*places[kind], killing(kind, number))
+            with pytest.raises(Killed):
+                run.run()
+    assert weights_sha256(finish(stage_run(stage, "cut"))) == expected
+    again = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    for line in (*lines, *again):
+        line.pop("seconds", None)
+    assert again == lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [3, 6])
+def test_asked_to_stop_it_saves_first(stage_run, monkeypatch, number, at):
+    """R2: the step is finished and saved, in the last step too, and the run goes on from it."""
+    stage = make_stage(LORA)
+    expected = weights_sha256(finish(stage_run(stage, "whole")))
+    run = stage_run(stage)
+    record = run._record
+
+    def ask(step_record):
+        record(step_record)
+        if step_record.step == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run, "_record", ask)
+    with pytest.raises(Interrupted):
+        run.run()
+    assert (run.checkpoints / f"step-{at:08d}").is_dir()
+    assert weights_sha256(finish(stage_run(stage))) == expected
+
+
+def test_killed_for_good_it_continues(tmp_path, stage_run):
+    """R1: kill -9 of a process in training, twice."""
+    stage = make_stage(LORA, epochs=100, checkpoint_every=5, heldout_every=50)
+    expected = weights_sha256(finish(stage_run(stage, "whole")))
+    (tmp_path / "stage.json").write_text(stage.model_dump_json())
+    program = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from tiny_training import *\nfrom graftlm.training.stage import StageRun\n"
+        "torch.set_num_threads(1)\n"
+        "folder = Path(sys.argv[1])\n"
+        "stage = Stage.model_validate_json((folder / 'stage.json').read_text())\n"
+        "(folder / 'cut').mkdir(exist_ok=True)\n"
+        "StageRun(tiny_model(), stage, make_rows(), {'new': make_rows(4, seed=9)}, folder / 'cut',"
+        " torch.device('cpu'), FIRST_NEW_ID).run()\n"
+    )
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    for kill_at in (20, 60):
+        child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.DEVNULL)
+        while child.poll() is None and not (metrics.exists() and max(steps_of(tmp_path / "cut"), default=0) >= kill_at):
+            pass
+        assert child.poll() is None, "it ended before it could be killed"
+        child.kill()
+        child.wait()
+    assert weights_sha256(finish(stage_run(stage, "cut"))) == expected
+    assert steps_of(tmp_path / "cut") == list(range(1, 301))
+
+
+def test_stages_in_memory_equal_stages_from_disk(stage_run, tmp_path):
+    """Any boundary: the chain of `apply_stage` gives the bits that went on in memory."""
+    stages = [make_stage(t, seed=i) for i, t in enumerate([FULL, {**LORA, "dora": True}, NEW_ROWS, LORA, FULL])]
+    for tied in (False, True):
+        model = again = tiny_model(tied)
+        again = tiny_model(tied)
+        for number, stage in enumerate(stages):
+            folder = f"{tied}-{number}"
+            model = finish(stage_run(stage, folder, model))
+            again = apply_stage(again, stage, tmp_path / folder, FIRST_NEW_ID)
+            assert weights_sha256(again) == weights_sha256(model)
+
+
+def test_fp16_skips_are_counted_and_do_not_move_the_schedule(stage_run, tmp_path):
+    """N3, N5: masters are fp32; the scale follows its table; the rate follows updates, not steps."""
+    stage = make_stage(FULL, precision="fp16", loss_scale=LOUD, epochs=8, schedule="linear")
+    run = stage_run(stage)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    run.run()
+    lines = [line for line in read_metrics(tmp_path / "stage" / "metrics.jsonl") if line["event"] == "step"]
+    scale, good, updates = LOUD["initial"], 0, 0
+    rate = stage_module.learning_rate_shape(stage, run.steps.num_steps)
+    for line in lines:
+        assert line["loss_scale"] == scale
+        assert line["lr"] == pytest.approx(stage.peak_lr * rate(updates))
+        if line["skipped"]:
+            scale, good = scale / 2, 0
+        else:
+            good, updates = good + 1, updates + 1
+            scale *= 2 if good % LOUD["growth_interval"] == 0 else 1
+        assert line["num_updates"] == updates
+    assert 0 < updates < len(lines)
+
+
+@pytest.mark.parametrize("floor", [1e-4, 2.0**119])
+def test_when_every_step_is_skipped_it_stops(stage_run, floor):
+    """N2: exit 3 and two lines, at the floor or at the end; never a run of silent skips."""
+    scale = {"initial": 2.0**120, "growth_interval": 2000, "hysteresis": 1, "floor": floor}
+    run = stage_run(make_stage(FULL, precision="fp16", loss_scale=scale))
+    before = weights_sha256(run.model)
+    with pytest.raises(NumericalStop, match=r"overflow at loss scale|nothing was learned") as error:
+        run.run()
+    assert error.value.exit_code == 3
+    assert "bf16" in error.value.fix
+    assert weights_sha256(run.model) == before
+
+
+@pytest.mark.parametrize("trains", [FULL, LORA])
+def test_gradient_checkpointing_changes_no_gradient(stage_run, trains):
+    stage = make_stage({**trains, "dropout": 0.0} if "dropout" in trains else trains)
+    plain = finish(stage_run(stage, "plain")).state_dict()
+    saving = finish(stage_run(stage.model_copy(update={"gradient_checkpointing": True}), "saving"))
+    assert not saving.is_gradient_checkpointing
+    assert all(torch.allclose(plain[name], t, rtol=1e-4, atol=1e-6) for name, t in saving.state_dict().items())
+
+
+def with_readings(monkeypatch, readings):
+    """Let held-out readings be these, one after another."""
+    left = iter(readings)
+    real = stage_module.heldout_losses
+
+    def read(*args, **keys):
+        losses = real(*args, **keys)
+        losses.nats[:] = next(left)
+        return losses
+
+    monkeypatch.setattr(stage_module, "heldout_losses", read)
+
+
+def test_the_best_weights_are_kept_and_training_stops_early(stage_run, tmp_path, monkeypatch):
+    with_readings(monkeypatch, [9, 5, 4, 6, 7, 8, 9])
+    run = stage_run(make_stage(FULL, epochs=4, heldout_every=1, keep="best", early_stop_after=3))
+    run.run()
+    assert run.step == 5
+    trained = json.loads((tmp_path / "stage" / "trained" / "values.json").read_text())
+    assert trained["step"] == 2
+    kept = load_file(tmp_path / "stage" / "trained" / "weights.safetensors")
+    last = trainable_parameters(run.model)
+    assert not all(torch.equal(kept[name], parameter) for name, parameter in last.items())
+    assert [p.name for p in (tmp_path / "stage" / "best").iterdir()] == ["step-00000002"]
+
+
+def test_an_early_stop_replayed_stops_at_the_same_step(stage_run, tmp_path, monkeypatch):
+    stage = make_stage(FULL, epochs=4, heldout_every=1, keep="best", early_stop_after=2, checkpoint_every=2)
+    with_readings(monkeypatch, [9, 5, 6, 7])
+    run = stage_run(stage)
+    monkeypatch.setattr(run, "_keep_result", lambda: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run.run()
+    monkeypatch.undo()
+    with_readings(monkeypatch, [7])
+    again = stage_run(stage)
+    again.run()
+    assert again.step == 3
+    assert steps_of(tmp_path / "stage") == [1, 2, 3]
+    assert json.loads((tmp_path / "stage" / "trained" / "values.json").read_text())["step"] == 1
+
+
+def test_nothing_better_than_the_start_is_said(stage_run, monkeypatch, capsys):
+    with_readings(monkeypatch, [1, 2, 3, 4])
+    stage_run(make_stage(FULL, keep="best")).run()
+    assert "no held-out reading was better" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(stage_run, tmp_path, monkeypatch):
+    """D1: exit 4, free bytes told, and the run goes on from it to the same weights."""
+    stage = make_stage(LORA)
+    expected = weights_sha256(finish(stage_run(stage, "whole")))
+    run = stage_run(stage)
+    real = checkpoint_module.save_file
+
+    def no_space(tensors, path):
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "save_file", no_space)
+        with pytest.raises(DiskError, match="bytes free") as error:
+            run.run()
+    assert error.value.exit_code == 4
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000002"]
+    assert weights_sha256(finish(stage_run(stage))) == expected
+
+
+def test_weights_of_another_shape_are_refused(stage_run, tmp_path):
+    stage = make_stage(NEW_ROWS)
+    stage_run(stage).run()
+    with pytest.raises(UserError, match="shape"):
+        apply_stage(tiny_model(), stage, tmp_path / "stage", FIRST_NEW_ID - 1)
+    with pytest.raises(UserError, match="on one side only"):
+        apply_stage(tiny_model(), make_stage(FULL), tmp_path / "stage", FIRST_NEW_ID)
+
+
+def test_memory_is_read(stage_run):
+    assert stage_run(make_stage(FULL)).peak_memory_bytes() > 50 * 2**20

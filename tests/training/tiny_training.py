@@ -1,0 +1,46 @@
+"""A 2-layer model, rows of random tokens, and stages over them: small enough to train in a blink."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftlm.model.causal import new_causal
+from graftlm.recipe import Stage
+from graftlm.text.rows import TokenRows
+
+NUM_ROWS, FIRST_NEW_ID = 48, 40
+
+
+def tiny_model(tied: bool = False, seed: int = 0) -> Any:
+    return new_causal(
+        num_rows=NUM_ROWS, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24,
+        is_tied=tied, seed=seed,
+    )  # fmt: skip
+
+
+def make_rows(count: int = 12, seed: int = 0) -> TokenRows:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 12, count)
+    ids = random.integers(3, NUM_ROWS, lengths.sum()).astype(np.uint16)
+    is_target = random.random(lengths.sum()) < 0.6
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    return TokenRows(ids, is_target, offsets, np.full(count, 10, np.int64))
+
+
+def make_stage(trains: dict[str, Any], **knobs: Any) -> Stage:
+    given = {
+        "name": "sft", "epochs": 2, "batch_rows": 4, "micro_batch_tokens": 24, "precision": "fp32", "peak_lr": 1e-2,
+        "keep": "last", "warmup_steps": 1, "heldout_every": 2, "checkpoint_every": 2, "seed": 3, **knobs,
+    }  # fmt: skip
+    return Stage.model_validate({**given, "trains": trains})
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
