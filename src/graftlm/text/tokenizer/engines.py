@@ -32,6 +32,7 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def encode_continuation(self, text: str) -> list[int]: ...
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, piece_id: int) -> str: ...
@@ -109,6 +110,15 @@ class FastEngine:
             refuse_surrogates([text], error)
             raise
 
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_continuation` of each text."""
+        try:
+            found = self._continuation.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            refuse_surrogates(texts, error)
+            raise
+        return [one.ids for one in found]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, each standing by itself."""
         try:
@@ -176,6 +186,10 @@ class SentencePieceEngine:
         except RuntimeError as error:
             refuse_surrogates([text], error)
             raise
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_continuation` of each text."""
+        return [self.encode_continuation(text) for text in texts]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, each standing by itself."""

@@ -122,6 +122,10 @@ class Tokenizer:
         """Ids of a text that follows a newline: no space is put before it. Raises UserError as `encode`."""
         return self.engine.encode_continuation(text)
 
+    def encode_continuations(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode_continuation` of every text, on all cores. Raises UserError as `encode`."""
+        return self.engine.encode_continuations(list(texts))
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of every text, on all cores. Raises UserError as `encode`."""
         return self.engine.encode_batch(list(texts))
