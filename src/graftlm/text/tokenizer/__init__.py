@@ -4,6 +4,14 @@ Owns everything between text and ids. Does not know conversations, templates or 
 """
 
 from graftlm.text.tokenizer.base import train_base_tokenizer
+from graftlm.text.tokenizer.graft import GraftReport, graft_tokenizer
 from graftlm.text.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
-__all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "train_base_tokenizer"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "GraftReport",
+    "Tokenizer",
+    "graft_tokenizer",
+    "load_tokenizer",
+    "train_base_tokenizer",
+]
