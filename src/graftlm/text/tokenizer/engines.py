@@ -163,9 +163,7 @@ class SentencePieceEngine:
     def __init__(self, model: ModelProto) -> None:
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        self._continuation = sentencepiece.SentencePieceProcessor(
-            model_proto=without_prefix(model).SerializeToString()
-        )
+        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model).SerializeToString())
         self.num_pieces = len(model.pieces)
         self.special_ids = frozenset(
             index for index, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)

@@ -92,7 +92,13 @@ def _check_out(out: Path) -> None:
 
 
 def _write_down(report: GraftReport, proof: Proof) -> None:
-    for name in ("num_texts_checked", "expand_violations", "roundtrip_failures", "old_texts_changed", "overlap_triples"):
+    for name in (
+        "num_texts_checked",
+        "expand_violations",
+        "roundtrip_failures",
+        "old_texts_changed",
+        "overlap_triples",
+    ):
         setattr(report, name, getattr(proof, name))
     report.engine_disagreements += proof.engine_disagreements
     report.chars_per_token = proof.chars_per_token
@@ -206,7 +212,9 @@ def _filtered(
     characters = [char for char in dict.fromkeys("".join(words)) if char.encode() not in known]
     longer = [word for word in words if len(word) > 1]
     merges = [(word[:-1].encode(), word[-1].encode()) for word in longer]
-    return Learned(characters, merges[: max(0, section.num_pieces - len(characters))]), {k: n for k, n in dropped.items() if n}
+    return Learned(characters, merges[: max(0, section.num_pieces - len(characters))]), {
+        k: n for k, n in dropped.items() if n
+    }
 
 
 def _with_pieces(old: Tokenizer, pieces: Iterable[str], score: Callable[[int], float], pad: str | None) -> Tokenizer:

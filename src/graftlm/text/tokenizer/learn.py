@@ -52,7 +52,9 @@ def script_pattern(scripts: Sequence[str]) -> regex.Pattern[str]:
             near = difflib.get_close_matches(script.capitalize(), SCRIPTS, n=1)
             raise UserError(
                 f"Unicode knows no script {script!r}.",
-                f"Did you mean {near[0]}?" if near else f"Write its Unicode name, for example {', '.join(SCRIPTS[:5])}.",
+                f"Did you mean {near[0]}?"
+                if near
+                else f"Write its Unicode name, for example {', '.join(SCRIPTS[:5])}.",
             ) from None
     return regex.compile("[" + "".join(rf"\p{{Script={script}}}" for script in scripts) + "]")
 
@@ -163,7 +165,9 @@ def _choose(
         taken = set(forced_new)
         unknown = [name for name in names if name not in known and name.decode() not in taken]
         candidates = [
-            (-(len(name) - 1) * counts[stand_in[name]], -1, name.decode()) for name in unknown if counts[stand_in[name]] > 1
+            (-(len(name) - 1) * counts[stand_in[name]], -1, name.decode())
+            for name in unknown
+            if counts[stand_in[name]] > 1
         ]
     candidates += [(-worth, number, number) for number, worth in enumerate(fired) if worth]
     candidates.sort(key=lambda candidate: (candidate[0], candidate[1], str(candidate[2])))

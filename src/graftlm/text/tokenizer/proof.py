@@ -48,7 +48,9 @@ def sample_texts(
     given = [text[:MAX_TEXT_CHARS] for text in texts]
     real = dice.sample(given, num_texts // 2) if len(given) > num_texts // 2 else given
     parts = [part for i in range(new.num_pieces) if (part := new.token_bytes(i).decode(errors="ignore"))]
-    fresh = [part for i in range(old.num_pieces, new.num_pieces) if (part := new.token_bytes(i).decode(errors="ignore"))]
+    fresh = [
+        part for i in range(old.num_pieces, new.num_pieces) if (part := new.token_bytes(i).decode(errors="ignore"))
+    ]
     scripted = [char for char in {c for text in real for c in text} if pattern.match(char)] or ["中"]
     scripted.sort()
     signs = list(" \n\t,.!?。，！？“”0123456789abcXYZ é🙂你𠀀ｆ、")

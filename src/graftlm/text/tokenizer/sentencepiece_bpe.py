@@ -94,7 +94,8 @@ def why_not_exact(model: ModelProto) -> str | None:
 def has_tied_scores(model: ModelProto) -> bool:
     """Whether two mergeable pieces share a score; runs of spaces are excepted, their ties being harmless."""
     scores = [
-        piece.score for piece in model.pieces
+        piece.score
+        for piece in model.pieces
         if piece.type == NORMAL and len(piece.piece) > 1 and piece.piece.strip(SPACE)
     ]
     return len(set(scores)) < len(scores)
@@ -152,10 +153,13 @@ def build_fast(model: ModelProto) -> FastTokenizer:
     else:
         fast.normalizer = to_visible
         fast.decoder = decoders.Sequence([to_space, decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens([
-        AddedToken(piece.piece, special=True, normalized=False)
-        for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)
-    ])
+    fast.add_special_tokens(
+        [
+            AddedToken(piece.piece, special=True, normalized=False)
+            for piece in model.pieces
+            if piece.type in (UNKNOWN, CONTROL)
+        ]
+    )
     begin = model.trainer_spec.bos_piece
     if model.trainer_spec.bos_id >= 0 and begin in vocabulary:
         fast.post_processor = processors.TemplateProcessing(

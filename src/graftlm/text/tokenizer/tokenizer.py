@@ -93,8 +93,7 @@ class Tokenizer:
             return None
         if name not in self.special_tokens:
             raise UserError(
-                f"The tokenizer's {role} is {name!r}, which is none of its control tokens "
-                f"{list(self.special_tokens)}.",
+                f"The tokenizer's {role} is {name!r}, which is none of its control tokens {list(self.special_tokens)}.",
                 f"Correct {role} in {CONFIG_FILE}.",
             )
         return self.special_tokens[name]
