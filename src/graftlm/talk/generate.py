@@ -241,7 +241,7 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     A base without a template gets the card's, and that is told. Raises UserError on anything amiss, a tokenizer
     with more ids than the model has rows before any weight is read.
     """
-    folder = find_model(_model_of_run(path_or_hub_id))
+    folder = find_model(model_of_run(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
     check_ids(empty_causal(folder), tokenizer.num_pieces)
     if template is None and not tokenizer.chat_template:
@@ -254,7 +254,7 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     return Chatbot(load_causal(folder, dtype).to(on), tokenizer, chosen)
 
 
-def _model_of_run(path: str | Path) -> str | Path:
+def model_of_run(path: str | Path) -> str | Path:
     """The finished model inside a run folder; anything else as it is. Raises UserError for an unfinished run."""
     folder = Path(path)
     if not (folder / "recipe.json").is_file():

@@ -1,0 +1,95 @@
+"""Held-out figures: loss per answer token and bits per byte, each with a 95 % interval.
+
+Owns how figures are made from losses by row. Bits per byte compare models whose tokenizers differ; losses per token do
+not. Does not know runs or reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftlm.device import Precision, pick_device
+from graftlm.errors import UserError
+from graftlm.model.causal import body_of, check_ids, find_model, load_causal
+from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.text.corpus import read_conversations
+from graftlm.text.dialogue import Conversation, render_many, rows_of
+from graftlm.text.rows import RowsBuilder
+from graftlm.text.templates import Template, find_template
+from graftlm.text.tokenizer import Tokenizer, load_tokenizer
+from graftlm.training.heldout import heldout_losses
+
+BUDGET_TOKENS = 8192
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One model on one set: `interval` is that of bits per byte, 95 %, by the bootstrap over rows (Efron 1979)."""
+
+    bits_per_byte: float
+    loss_per_answer_token: float
+    interval: tuple[float, float]
+    num_rows: int
+    num_answer_tokens: int
+
+
+def evaluate_files(model: str, files: Sequence[str]) -> dict[str, Any]:
+    """Figures of a model by file. Raises UserError for a broken model folder or unusable files."""
+    from graftlm.talk.generate import model_of_run
+
+    folder = find_model(model_of_run(model))
+    tokenizer = load_tokenizer(folder)
+    device = pick_device("auto")
+    loaded = load_causal(folder).to(device)
+    check_ids(loaded, tokenizer.num_pieces)
+    template = find_template("tokenizer" if tokenizer.chat_template else "card", tokenizer)
+    found: dict[str, Any] = {}
+    for name in files:
+        conversations, dropped = read_conversations(name)
+        if not conversations:
+            raise UserError(
+                f"{name} holds no usable dialogue; dropped: {dropped.counts}.", f"Look: graftlm data {name}"
+            )
+        figures = evaluate_conversations(loaded, tokenizer, template, conversations, device)
+        found[name] = {**asdict(figures), "dropped": dropped.counts}
+    return found
+
+
+def evaluate_conversations(
+    model: Any, tokenizer: Tokenizer, template: Template, conversations: Sequence[Conversation], device: torch.device
+) -> Figures:
+    """Figures of a model on conversations, rendered with the model's own tokenizer; answers and their ends count."""
+    builder = RowsBuilder(tokenizer.num_pieces)
+    rows = [row for conversation in conversations for row in rows_of(conversation, template)]
+    longest = model.config.max_position_embeddings
+    for rendered in render_many(rows, tokenizer, template):
+        if len(rendered.ids) <= longest:
+            builder.add(rendered, "")
+    if not len(builder):
+        raise UserError(f"Every row is longer than the model's {longest} positions.", "Give shorter dialogues.")
+    attend_packed(body_of(model))
+    losses = heldout_losses(model, builder.rows(), Precision(torch.float32, device, None), BUDGET_TOKENS)
+    attend_plain(model)
+    return Figures(
+        losses.bits_per_byte,
+        losses.loss_per_target,
+        _bootstrap(losses.nats / math.log(2), losses.num_bytes),
+        len(builder),
+        int(losses.num_targets.sum()),
+    )
+
+
+def _bootstrap(bits: np.ndarray, num_bytes: np.ndarray) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of the ratio of sums over resampled rows."""
+    dice = np.random.default_rng(0)
+    picks = dice.integers(0, len(bits), (NUM_RESAMPLES, len(bits)))
+    ratios = bits[picks].sum(1) / np.maximum(num_bytes[picks].sum(1), 1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,138 @@
+"""Judging a finished road: held-out figures at every stop, samples, and questions with exactly one right answer.
+
+Owns what is measured and how samples are picked: by a rule, never by their result. Writes heldout.json, samples.json
+and questions.json. Does not know how they are shown (`report.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.errors import UserError
+from graftlm.release.evaluate import evaluate_conversations
+from graftlm.run import say, write_json
+from graftlm.talk.generate import Chatbot, Sampling
+from graftlm.text.dialogue import Conversation, Message
+from graftlm.text.templates import Template
+from graftlm.text.texts import read_lines
+from graftlm.text.tokenizer import Tokenizer
+
+RULE = "in the order of the sha256 of their ids, one of each kind, at least one that needs the turns before it."
+
+
+def judge_states(
+    states: Iterable[tuple[str, Any, Tokenizer]],
+    conversations: Mapping[str, Sequence[Conversation]],
+    template: Template,
+    device: torch.device,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Figures by state and language, and the change of each against the first state (the base), in percent."""
+    found: list[dict[str, Any]] = []
+    for name, model, tokenizer in states:
+        say(f"held-out: {name}")
+        state: dict[str, Any] = {"state": name}
+        for language, said in conversations.items():
+            figures = asdict(evaluate_conversations(model, tokenizer, template, said, device))
+            before = found[0][language]["bits_per_byte"] if found else figures["bits_per_byte"]
+            figures["change_percent"] = 100 * (figures["bits_per_byte"] / before - 1)
+            state[language] = figures
+        found.append(state)
+    write_json(out / "heldout.json", found)
+    return found
+
+
+def answer_samples(
+    chatbot: Chatbot, conversations: Mapping[str, Sequence[Conversation]], num: int, max_answer_tokens: int, out: Path
+) -> None:
+    """Answer `num` held-out questions of each language, picked by the sha256 of the whole dialogue."""
+    picked = [c for said in conversations.values() for c in sorted(said, key=lambda c: _mark(c.text))[:num]]
+    answers = chatbot.answer_many([_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens))
+    rows = [
+        {
+            "language": c.language,
+            "prompt": [{"role": m.role, "content": _whole(m)} for m in c.messages[:-1]],
+            "reference": c.messages[-1].content,
+            "answer": a.text,
+        }
+        for c, a in zip(picked, answers, strict=True)
+    ]
+    write_json(out / "samples.json", rows)
+
+
+def answer_exact(
+    chatbot: Chatbot, questions: str | Path, num_shown: int, max_answer_tokens: int, out: Path
+) -> dict[str, Any]:
+    """Answer every question of a JSONL file (messages; the last is the one right answer) at temperature 0.
+
+    Exact means equal after stripping spaces. Kinds marked `"learnable": false` are counted apart.
+    Raises UserError for a row that is no such question.
+    """
+    rows = [
+        _question(line, f"{questions}:{n}") for n, line in enumerate(read_lines(Path(questions)), 1) if line.strip()
+    ]
+    asked = [_asked(Conversation(tuple(Message(m["role"], m["content"]) for m in row["messages"]))) for row in rows]
+    answers = chatbot.answer_many(asked, Sampling(max_new_tokens=max_answer_tokens))
+    kinds: dict[str, dict[str, Any]] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        row["answer"] = answer.text
+        row["is_exact"] = answer.text.strip() == row["messages"][-1]["content"].strip()
+        kind = kinds.setdefault(row["kind"], {"asked": 0, "exact": 0, "learnable": row["learnable"]})
+        kind["asked"] += 1
+        kind["exact"] += row["is_exact"]
+    learnable = [row for row in rows if row["learnable"]]
+    result = {
+        "num_asked": len(rows),
+        "num_exact": sum(row["is_exact"] for row in rows),
+        "num_learnable": len(learnable),
+        "num_exact_learnable": sum(row["is_exact"] for row in learnable),
+        "kinds": kinds,
+        "rule": RULE,
+        "shown": _pick_shown(learnable, num_shown),
+    }
+    write_json(out / "questions.json", result)
+    return result
+
+
+def _pick_shown(rows: Sequence[dict[str, Any]], num_shown: int) -> list[dict[str, Any]]:
+    by_mark = sorted(rows, key=lambda row: _mark(str(row["id"])))
+    follow_up = next((row for row in by_mark if len(row["messages"]) > 2), None)
+    shown = [follow_up] if follow_up and num_shown else []
+    for row in by_mark:
+        if len(shown) < num_shown and row["kind"] not in {one["kind"] for one in shown}:
+            shown.append(row)
+    return shown[1:] + shown[:1] if follow_up else shown
+
+
+def _question(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        messages = row["messages"]
+        whole = len(messages) >= 2 and all(isinstance(m["role"] + m["content"], str) for m in messages)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{where}: no question with an answer.", 'Write {"id", "kind", "messages": [...]} on each line.'
+        )
+    return {"id": row.get("id", where), "kind": row.get("kind", "questions"), "learnable": row.get("learnable", True),
+            "messages": messages}  # fmt: skip
+
+
+def _asked(conversation: Conversation) -> Conversation:
+    return Conversation(conversation.messages[:-1], conversation.source, conversation.language)
+
+
+def _whole(message: Message) -> str:
+    return "\n".join(filter(None, (message.content, message.input)))
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
