@@ -20,9 +20,10 @@ import numpy as np
 from graftlm.errors import UserError
 from graftlm.recipe import Data
 from graftlm.run import progress, write_json
-from graftlm.text.dialogue import Conversation, Rendered, coloured, render_many, rows_of
+from graftlm.text.dialogue import Conversation, Message, Rendered, coloured, render_many, rows_of
 from graftlm.text.readers import Dropped, read_conversations
 from graftlm.text.rows import RowsBuilder, TokenRows, rows_meta, save_rows, text_rows
+from graftlm.text.sandbox import TemplateRefused
 from graftlm.text.templates import Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -115,8 +116,11 @@ def inspect_data(files: Sequence[str], template: Template, tokenizer: Tokenizer 
         builder = RowsBuilder(tokenizer.num_pieces)
         for start in range(0, len(kept), RENDER_BATCH):
             batch = [row for c in kept[start : start + RENDER_BATCH] for row in rows_of(c, template)]
-            for row in render_many(batch, tokenizer, template):
-                builder.add(row, "")
+            for conversation, row in zip(batch, render_many(batch, tokenizer, template), strict=True):
+                if isinstance(row, TemplateRefused):
+                    dropped.add(f"refused by the template: {row}", conversation.source)
+                else:
+                    builder.add(row, "")
         _measure(report, builder, kept)
     if num_shown:
         from rich.console import Console
@@ -150,7 +154,7 @@ def drop_duplicates(
     unique, hashes = [], {}
     for number, conversation in enumerate(progress(kept, len(kept), "near duplicates")):
         minhash = RMinHash(num_perm=NUM_PERMUTATIONS, seed=0)
-        minhash.update(_shingles("\n".join(m.content for m in conversation.messages)))
+        minhash.update(_shingles(conversation.text))
         near = [hashes[other] for other in index.query(minhash)]
         if any(minhash.jaccard(other) >= threshold for other in near):
             dropped.add("near duplicate", conversation.source)
@@ -166,12 +170,14 @@ def _shingles(text: str) -> list[str]:
 
 
 def _mark(conversation: Conversation) -> bytes:
-    text = "\x1f".join(f"{m.role}\x1e{m.content}" for m in conversation.messages)
+    text = "\x1f".join(f"{m.role}\x1e{m.content}\x1e{m.input}" for m in conversation.messages)
     return hashlib.sha256(text.encode()).digest()
 
 
 def _question(conversation: Conversation) -> bytes:
-    return hashlib.sha256("\x1f".join(m.content for m in conversation.messages[:-1]).encode()).digest()
+    return hashlib.sha256(
+        "\x1f".join(f"{m.content}\x1e{m.input}" for m in conversation.messages[:-1]).encode()
+    ).digest()
 
 
 def _join(into: Dropped, other: Dropped) -> None:
@@ -219,13 +225,19 @@ def _render_all(
     for start in progress(starts, len(starts), "render") if len(starts) > 1 else starts:
         batch = [row for c in conversations[start : start + RENDER_BATCH] for row in rows_of(c, template)]
         for conversation, row in zip(batch, render_many(batch, tokenizer, template), strict=True):
+            if isinstance(row, TemplateRefused):
+                dropped.add(f"refused by the template: {row}", conversation.source)
+                continue
             fitting: Rendered | None = row
             shorter = conversation
             while fitting is not None and len(fitting.ids) > section.max_tokens:
                 fitting = None
                 if section.too_long == "cut_at_turn" and len(shorter.messages) > 3:
-                    shorter = Conversation(shorter.messages[:-2], shorter.source, shorter.language)
-                    fitting = next(iter(render_many([shorter], tokenizer, template)))
+                    first = 1 if shorter.messages[0].role == "system" else 0
+                    left = (*shorter.messages[:first], *shorter.messages[first + 2 :])
+                    shorter = Conversation(left, shorter.source, shorter.language)
+                    again = next(iter(render_many([shorter], tokenizer, template)))
+                    fitting = again if isinstance(again, Rendered) else None
             if fitting is None or not any(fitting.is_target):
                 dropped.add(f"longer than {section.max_tokens} tokens", conversation.source)
                 continue
@@ -246,10 +258,11 @@ def _measure(report: DataReport, builder: RowsBuilder, kept: Iterable[Conversati
 
 
 def _save_conversations(conversations: list[Conversation], path: Path) -> None:
-    rows = (
-        {"id": c.source, "messages": [{"role": m.role, "content": m.content} for m in c.messages]}
-        for c in conversations
-    )
+    def turn(message: Message) -> dict[str, str]:
+        said = {"role": message.role, "content": message.content}
+        return {**said, "input": message.input} if message.input else said
+
+    rows = ({"id": c.source, "messages": [turn(m) for m in c.messages]} for c in conversations)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -59,6 +59,8 @@ def read_conversations(
             if reader is None:
                 raise Unusable("not an object of fields")
             messages = _checked(reader(row))
+            if format != "text" and len(messages) == 1:
+                raise Unusable("no question before the answer")
         except Unusable as reason:
             dropped.add(str(reason), where)
             continue
@@ -131,7 +133,10 @@ def _belle(row: Any) -> list[Message]:
 
 
 def _sharegpt(row: Any) -> list[Message]:
-    return [_message(turn, "from", "value") for turn in _object(row)["conversations"]]
+    found = _object(row).get("conversations")
+    if not isinstance(found, list):
+        raise Unusable("conversations is not a list")
+    return [_message(turn, "from", "value") for turn in found]
 
 
 def _messages(row: Any) -> list[Message]:
@@ -148,7 +153,7 @@ def _message(turn: Any, role_key: str, text_key: str) -> Message:
         return Message("system", _text(turn, text_key).strip())
     if role not in _ROLES:
         raise Unusable(f"an unknown role: {role[:40]}")
-    return Message(_ROLES[role], _text(turn, text_key).strip())
+    return Message(_ROLES[role], _text(turn, text_key).strip(), _text(turn, "input").strip())
 
 
 def _plain(row: Any) -> list[Message]:
@@ -166,7 +171,7 @@ def _checked(messages: list[Message]) -> list[Message]:
     if not messages:
         raise Unusable("empty")
     for message in messages:
-        if any("\ud800" <= char <= "\udfff" for char in message.content):
+        if any("\ud800" <= char <= "\udfff" for char in message.content + message.input):
             raise Unusable("broken Unicode (lone surrogates)")
     turns = [message for message in messages if message.role != "system"]
     if [m.role for m in messages[1:]].count("system") or not turns:
