@@ -37,16 +37,17 @@ def read_prose(name: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def to_row(row_id: str, kind: str, turns: tuple[str, ...]) -> dict:
-    """One dialogue in the messages form."""
+def to_row(row_id: str, kind: str, turns: tuple[str, ...], is_learnable: bool = True) -> dict:
+    """One dialogue in the messages form; `learnable: false` marks kinds beyond a very small model."""
     roles = ("user", "assistant")
     messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
-    return {"id": row_id, "kind": kind, "messages": messages}
+    row = {"id": row_id, "kind": kind, "messages": messages}
+    return row if is_learnable else {**row, "learnable": False}
 
 
-def to_rows(name: str, candidates: list[Candidate], part: str) -> list[dict]:
+def to_rows(name: str, candidates: list[Candidate], part: str, is_learnable: bool = True) -> list[dict]:
     """The rows of one kind in one part, with ids that stay the same while the kind does."""
-    return [to_row(f"{name}-{part}-{i:04d}", name, c.turns) for i, c in enumerate(candidates)]
+    return [to_row(f"{name}-{part}-{i:04d}", name, c.turns, is_learnable) for i, c in enumerate(candidates)]
 
 
 def jsonl(rows: list[dict]) -> str:
@@ -62,12 +63,12 @@ def dialogue_files(kinds: list[Kind], chosen: Split) -> dict[str, str]:
     rows: dict[str, list[dict]] = {"train": [], "heldout": []}
     for number, turns in enumerate(handwritten):
         part = "heldout" if number in kept_back else "train"
-        rows[part].append(to_row(f"handwritten-{number:04d}", "handwritten", turns))
+        rows[part].append(to_row(f"handwritten-{number:04d}", "handwritten", turns, part == "train"))
     summary: dict[str, dict] = {}
     for kind in kinds:
         train, heldout = chosen.train[kind.name], chosen.heldout[kind.name]
         rows["train"] += to_rows(kind.name, train, "train")
-        rows["heldout"] += to_rows(kind.name, heldout, "heldout")
+        rows["heldout"] += to_rows(kind.name, heldout, "heldout", kind.is_learnable)
         summary[kind.name] = describe(kind.title, kind.is_learnable, len(train), len(heldout))
     num_train = len(handwritten) - len(kept_back)
     summary["handwritten"] = describe("手写的自由对话", False, num_train, len(kept_back))
