@@ -1,0 +1,81 @@
+"""Verbs of the whole road: run, expand, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftlm.cli.options import AsJson, Out, OutNeeded
+from graftlm.cli.show import show
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file; recipes/ holds examples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Walk the whole road of a recipe; run it again to continue or to redo what changed.
+
+    Example: graftlm run recipes/demo.yaml --out runs/demo stages.full.epochs=2
+    """
+    from graftlm.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from graftlm.pipeline import run_recipe
+
+    result = run_recipe(loaded, out or Path("runs") / loaded.name)
+    if as_json:
+        show(result, True)
+        return
+    if result.questions:
+        _show_questions(result.questions)
+    print(f"model   {result.model}\nreport  {result.report}\nchat    {Path(sys.argv[0])} chat {result.model}")
+
+
+def _show_questions(questions: dict[str, Any]) -> None:
+    """Held-out questions and what the model answered, picked by the rule they carry; then the exact count."""
+    for shown in questions["shown"]:
+        print()
+        for message in shown["messages"][:-1]:
+            print(f"  {'Question' if message['role'] == 'user' else 'Answer  '}  {message['content']}")
+        verdict = "exact" if shown["is_exact"] else f"expected: {shown['messages'][-1]['content']}"
+        print(f"  Answer    {shown['answer']}    [{verdict}]")
+    exact, asked = questions["num_exact_learnable"], questions["num_learnable"]
+    share = f" ({exact / asked:.0%})" if asked else ""
+    print(f"\nExactly answered held-out questions: {exact} of {asked}{share}.")
+    print(f"Shown above: {questions['rule']}\n")
+
+
+def expand(
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    tokenizer: Annotated[str, typer.Option(help="Grafted tokenizer folder.")],
+    out: OutNeeded,
+    init: Annotated[str, typer.Option(help="How new rows start.")] = "subpiece-mean",
+    as_json: AsJson = False,
+) -> None:
+    """Grow a model's embedding and head to a grafted tokenizer; old logits are proved unchanged.
+
+    Example: graftlm expand --model base/ --tokenizer grafted/ --init subpiece-mean --out grown/
+    """
+    from graftlm.model.grow import expand_model
+
+    show(expand_model(model, tokenizer, init, out), as_json)
+
+
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    to: Annotated[str, typer.Option(help="hf or adapter.")] = "hf",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model in another form; it is re-loaded and its logits compared.
+
+    Example: graftlm export runs/demo --to adapter --out demo-adapter
+    """
+    from graftlm.pipeline import export_run
+
+    show(export_run(run_folder, to, out), as_json)
