@@ -34,6 +34,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def fastest_precision(device: torch.device) -> str:
+    """What `precision: auto` means on `device`: bf16 where it is computed in hardware, else fp16 (GPU) or fp32 (CPU).
+
+    A CPU without AMX or AVX512-BF16 emulates 16-bit products: about ten times slower there than fp32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in torch 2.11
+    return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
+
+
 def num_cores() -> int:
     """Cores this process may use (affinity and cgroup aware where the system tells)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,6 +147,11 @@ class Precision:
     scaler: LossScaler | None = None
     max_skips_in_a_row: int = 60
     skips_in_a_row: int = 0
+
+    @property
+    def name(self) -> str:
+        """The recipe's word for it: fp32, bf16 or fp16."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.compute_dtype)
 
     @property
     def loss_scale(self) -> float:

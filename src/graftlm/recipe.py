@@ -141,7 +141,7 @@ class Stage(Section):
     groups: Groups = Groups()
     batch_rows: Count = 128
     micro_batch_tokens: Count = 8192
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     loss_scale: LossScale = LossScale()
     gradient_checkpointing: StrictBool = False
     heldout_every: Count | None = None

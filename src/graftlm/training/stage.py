@@ -19,6 +19,7 @@ from graftlm.device import (
     DTYPES,
     LossScaler,
     Precision,
+    fastest_precision,
     peak_memory_bytes,
     random_states,
     restore_random_states,
@@ -73,18 +74,22 @@ def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | Non
     return model
 
 
-def make_precision(stage: Stage, device: torch.device) -> Precision:
-    """The stage's dtype policy. Raises UserError for bf16 on a GPU without it."""
-    if stage.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+def make_precision(stage: Stage, device: torch.device, begun_in: str | None = None) -> Precision:
+    """The stage's dtype policy; `begun_in` is the precision of the checkpoint it continues, if any.
+
+    Raises UserError for bf16 on a GPU without it.
+    """
+    name = begun_in or (fastest_precision(device) if stage.precision == "auto" else stage.precision)
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError(
             f"Stage {stage.name} asks for bf16, which {torch.cuda.get_device_name(device)} does not compute.",
             "Set precision: fp16 (weights stay fp32, the loss is scaled) or fp32.",
         )
     rule = stage.loss_scale
     scaler = None
-    if stage.precision == "fp16":
+    if name == "fp16":
         scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
-    return Precision(DTYPES[stage.precision], device, scaler)
+    return Precision(DTYPES[name], device, scaler)
 
 
 class StageRun:
@@ -133,6 +138,7 @@ class StageRun:
             "readings_since_best": self.readings_since_best,
             "scaler": self.precision.scaler.state() if self.precision.scaler else None,
             "skips_in_a_row": self.precision.skips_in_a_row,
+            "precision": self.precision.name,
         }
         tensors = {
             "weights": self._weights(),
@@ -147,6 +153,8 @@ class StageRun:
         if saved is None:
             self.metrics.cut_after(-1)
             return False
+        # `auto` may mean something else on this machine: what was begun goes on as it was begun.
+        self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
         copy_weights(self.model, saved.tensors["weights"])
         _restore_optimizer(self.optimizer, self.model, saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
