@@ -6,25 +6,38 @@ libraries are imported inside the verbs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import difflib
+import errno
+import os
 import sys
+import traceback
+from typing import Any
 
 import typer
 
 from graftlm.cli import data, machine, road, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
+OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 app = typer.Typer(
     name="graftlm",
     help="Graft a language onto a Llama-family base model, and teach it to talk.",
+    epilog="Example: graftlm run recipes/demo.yaml --out runs/demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Graft, check and measure tokenizers.")
-app.add_typer(tokenizer_app, name="tokenizer")
+tokenizer_app = typer.Typer(
+    no_args_is_help=True,
+    help="Graft, check and measure tokenizers.",
+    epilog="Example: graftlm tokenizer check base/ grafted/ --text zh.jsonl",
+)
 
 app.command("run")(road.run)
+app.add_typer(tokenizer_app, name="tokenizer")
 tokenizer_app.command("graft")(tokenizer.tokenizer_graft)
 tokenizer_app.command("check")(tokenizer.tokenizer_check)
 tokenizer_app.command("report")(tokenizer.tokenizer_report_verb)
@@ -40,17 +53,62 @@ app.command("doctor")(machine.doctor)
 def main() -> None:
     """Run the command line; every mistake of the user ends in two lines and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"{error.problem}\n{error.fix}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = _tell(error.exit_code, error.problem, error.fix)
     except Interrupted as error:
-        print(f"{error}\nRun the same command again to continue.", file=sys.stderr)
-        sys.exit(130)
+        code = _tell(INTERRUPTED, str(error), "Run the same command again to continue.")
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except Exception as error:  # typer's own usage errors tell themselves; anything else is our fault
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`graftlm ... | head`). Python would complain once more on leaving.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        code = _tell_other(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(code: int, problem: str, fix: str) -> int:
+    print(f"{problem}\n{fix}", file=sys.stderr)
+    return code
+
+
+def _tell_other(error: Exception) -> int:
+    """What did not come as a UserError: a wrong flag, a full disk, too little memory, or a fault of ours."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return _tell_usage(error)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return _tell(DISK, f"{error}.", "Free space or choose another place, then run the same command again.")
+    if isinstance(error, PermissionError):
+        return _tell(USERS_FAULT, f"{error}.", "Give a path you may read and write.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        fix = "Choose a smaller model, or lower stages.NAME.micro_batch_tokens and set gradient_checkpointing."
+        return _tell(USERS_FAULT, f"Not enough memory: {str(error).splitlines()[0] if str(error) else error!r}", fix)
+    traceback.print_exception(error)
+    return _tell(
+        OUR_FAULT,
+        f"This is a fault of graftlm, not yours: {type(error).__name__}.",
+        "Please report it with the lines above and the output of: graftlm doctor",
+    )
+
+
+def _tell_usage(error: Any) -> int:
+    """A wrong verb, flag or value in two lines; the nearest one known is offered."""
+    message, context = error.format_message().strip(), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        return error.exit_code
+    command = context.command if context else None
+    typed = getattr(error, "option_name", None)
+    near = ""
+    if typed and type(error).__name__ == "NoSuchOption":
+        message = f"There is no flag {typed}."
+        flags = [flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")]
+        found = difflib.get_close_matches(typed, [*flags, "--help"], n=1, cutoff=0.5)
+        near = f"Did you mean {found[0]}? " if found else ""
+    elif hasattr(command, "commands") and "Did you mean" not in message:
+        near = f"Known: {', '.join(command.commands)}. "
+    path = context.command_path if context else "graftlm"
+    return _tell(USERS_FAULT, " ".join(message.split()), f"{near}All of it with examples: {path} --help")

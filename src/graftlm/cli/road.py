@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from graftlm.cli.options import AsJson, Out, OutNeeded
+from graftlm.cli.options import AsJson, Out, OutNeeded, check_new_folder
 from graftlm.cli.show import show
+
+INITS = "normal, mean, subpiece-mean, subpiece-mean-norm or similarity"
 
 
 def run(
@@ -54,16 +56,22 @@ def expand(
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     tokenizer: Annotated[str, typer.Option(help="Grafted tokenizer folder.")],
     out: OutNeeded,
-    init: Annotated[str, typer.Option(help="How new rows start.")] = "subpiece-mean",
+    init: Annotated[str, typer.Option(help=f"How new rows start: {INITS}.")] = "subpiece-mean",
+    head_init: Annotated[str | None, typer.Option(help="The same for the output head, where it differs.")] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Auxiliary vectors by piece (safetensors), for similarity.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the rows drawn by chance.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Grow a model's embedding and head to a grafted tokenizer; old logits are proved unchanged.
 
-    Example: graftlm expand --model base/ --tokenizer grafted/ --init subpiece-mean --out grown/
+    Example: graftlm expand --model base/ --tokenizer grafted/ --out grown/
     """
     from graftlm.model.grow import expand_model
 
-    show(expand_model(model, tokenizer, init, out), as_json)
+    check_new_folder(out)
+    show(expand_model(model, tokenizer, init, out, head_init=head_init, vectors=vectors, seed=seed), as_json)
 
 
 def export(

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
-from graftlm.talk.answer_file import generate_file
 from graftlm.talk.generate import Chatbot, ask
 from graftlm.talk.prompts import load_conversation, save_conversation
 from graftlm.talk.sampling import Sampling
 from graftlm.text.dialogue import Conversation, Message
 
-__all__ = ["chat_loop", "chat_once", "generate_file"]
-
 HELP = """\
 /reset        forget the conversation
 /save FILE    keep it as one line of JSON
 /load FILE    go on with a kept one
+/system TEXT  put a system message before everything; alone it shows it, off removes it
+/params       show how answers are drawn; /params temperature=0.7 top_p=0.9 changes it
+/help         this list
 /quit         leave (Ctrl-D too)
 //text        send text that begins with a slash
-Ctrl-C stops an answer."""
+Several lines pasted at once are one message. Ctrl-C stops an answer."""
+
+# A pasted line is followed by the next within this time; no person types so fast.
+_PASTE_SECONDS = 0.03
 
 # What a model writes could otherwise move the cursor, rename the window or hide text: ESC and its kin.
 _TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -43,46 +47,74 @@ def _write(text: str) -> None:
 class _Talk:
     """One conversation at the terminal."""
 
-    def __init__(self, chatbot: Chatbot, sampling: Sampling, write: Callable[[str], None], is_styled: bool) -> None:
-        self.chatbot, self.sampling, self.write, self.is_styled = chatbot, sampling, write, is_styled
-        self.conversation = Conversation(())
+    def __init__(
+        self, chatbot: Chatbot, sampling: Sampling, system: str, write: Callable[[str], None], is_styled: bool
+    ) -> None:
+        self.chatbot, self.sampling, self.system = chatbot, sampling, system
+        self.write, self.is_styled = write, is_styled
+        self.turns: tuple[Message, ...] = ()
 
     def note(self, text: str) -> None:
         """A line of ours, told apart from what the model says."""
         self.write(f"\x1b[2m{text}\x1b[0m\n" if self.is_styled else f"{text}\n")
 
+    def conversation(self, *more: Message) -> Conversation:
+        """All that has been said, the system message first."""
+        first = (Message("system", self.system),) if self.system else ()
+        return Conversation((*first, *self.turns, *more))
+
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; returns whether to stay. Raises UserError."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name in ("/save", "/load") and not rest:
-            raise UserError(f"{name} needs a file's name.", f"Type: {name} talk.jsonl")
         match name:
             case "/quit" | "/exit":
                 return False
             case "/help":
                 self.note(HELP)
             case "/reset":
-                self.conversation = Conversation(())
-                self.note("The conversation is forgotten.")
+                self.turns = ()
+                self.note("The conversation is forgotten." + (" The system message stays." if self.system else ""))
             case "/save":
-                if not self.conversation.messages:
-                    raise UserError("Nothing has been said yet.", "Say something first.")
-                save_conversation(self.conversation, Path(rest).expanduser())
-                self.note(f"Kept {len(self.conversation.messages)} messages in {rest}.")
+                self.save(rest)
             case "/load":
-                self.conversation = load_conversation(Path(rest).expanduser())
-                self.note(f"Going on after {len(self.conversation.messages)} messages.")
-                for message in self.conversation.messages[-2:]:
-                    self.note(_harmless(f"{message.role}: {message.content}"))
+                self.load(rest)
+            case "/system":
+                if rest:
+                    self.system = "" if rest == "off" else rest
+                self.note(_harmless(f"System message: {self.system}") if self.system else "There is no system message.")
+            case "/params":
+                if rest:
+                    self.sampling = _with_params(self.sampling, rest)
+                self.note(" ".join(f"{key}={value:g}" for key, value in asdict(self.sampling).items()))
             case _:
                 raise UserError(f"There is no command {name}.", "Type /help; //text sends text that begins with /.")
         return True
 
+    def save(self, name: str) -> None:
+        """Keep the conversation in a file. Raises UserError."""
+        if not name:
+            raise UserError("/save needs a file's name.", "Type: /save talk.jsonl")
+        if not self.turns:
+            raise UserError("Nothing has been said yet.", "Say something first.")
+        save_conversation(self.conversation(), Path(name).expanduser())
+        self.note(f"Kept {len(self.turns)} messages in {name}.")
+
+    def load(self, name: str) -> None:
+        """Go on with a kept conversation; what was said here is forgotten. Raises UserError."""
+        if not name:
+            raise UserError("/load needs a file's name.", "Type: /load talk.jsonl")
+        messages = load_conversation(Path(name).expanduser()).messages
+        self.system = "\n\n".join(message.content for message in messages if message.role == "system")
+        self.turns = tuple(message for message in messages if message.role != "system")
+        self.note(f"Going on after {len(self.turns)} messages.")
+        for message in self.turns[-2:]:
+            self.note(_harmless(f"{message.role}: {message.content}"))
+
     def say(self, text: str) -> None:
         """One turn: the question, the answer as it comes. Raises UserError; the question is then forgotten."""
-        asked = replace(self.conversation, messages=(*self.conversation.messages, Message("user", text)))
-        reply = self.chatbot.stream(asked, self.sampling)
+        question = Message("user", text)
+        reply = self.chatbot.stream(self.conversation(question), self.sampling)
         if reply.num_dropped_messages:
             self.note(f"(the oldest {reply.num_dropped_messages} messages no longer fit and were left out)")
         said: list[str] = []
@@ -100,7 +132,7 @@ class _Talk:
                 self.note(f"(cut after {reply.answer_tokens} tokens)")
         answer = "".join(said)
         if answer:
-            self.conversation = replace(asked, messages=(*asked.messages, Message("assistant", answer)))
+            self.turns = (*self.turns, question, Message("assistant", answer))
 
 
 def chat_loop(
@@ -109,10 +141,11 @@ def chat_loop(
     read: Callable[[str], str] | None = None,
     write: Callable[[str], None] = _write,
     is_styled: bool | None = None,
+    system: str = "",
 ) -> None:
-    """Talk until Ctrl-D or /quit. `read(prompt)` returns a line or raises EOFError; `write` takes text as it comes."""
+    """Talk until Ctrl-D or /quit. `read(prompt)` returns a message or raises EOFError; `write` takes pieces of text."""
     is_styled = sys.stdout.isatty() if is_styled is None else is_styled
-    talk = _Talk(chatbot, sampling, write, is_styled)
+    talk = _Talk(chatbot, sampling, system, write, is_styled)
     read = read or _line_editor()
     talk.note("Type a message; /help lists the commands, Ctrl-D leaves.")
     while True:
@@ -135,17 +168,36 @@ def chat_loop(
             talk.note(f"{error.problem} {error.fix}")
 
 
-def chat_once(chatbot: Chatbot, text: str, sampling: Sampling) -> dict[str, Any]:
+def chat_once(chatbot: Chatbot, text: str, sampling: Sampling, system: str = "") -> dict[str, Any]:
     """Answer one message; JSON-ready. Raises UserError when it is empty or does not fit."""
     if not text.strip():
         raise UserError("The message is empty.", "Give some text: graftlm chat MODEL --once TEXT.")
-    answer = chatbot.answer(ask(text), sampling)
+    asked = ask(text)
+    if system:
+        asked = replace(asked, messages=(Message("system", system), *asked.messages))
+    answer = chatbot.answer(asked, sampling)
     return {
         "answer": answer.text,
         "prompt_tokens": answer.prompt_tokens,
         "answer_tokens": answer.answer_tokens,
         "ending": answer.ending,
     }
+
+
+def _with_params(sampling: Sampling, text: str) -> Sampling:
+    """`key=value` words applied to the sampling; each value has the type it had. Raises UserError."""
+    known = {field.name: type(getattr(sampling, field.name)) for field in fields(sampling)}
+    changed: dict[str, Any] = {}
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key not in known:
+            raise UserError(f"There is no parameter {key}.", f"Known: {', '.join(known)}.")
+        try:
+            changed[key] = known[key](value)
+        except ValueError:
+            kind = "a whole number" if known[key] is int else "a number"
+            raise UserError(f"{key} is {value!r}, expected {kind}.", f"Type: /params {key}=1") from None
+    return replace(sampling, **changed)
 
 
 def _harmless(text: str) -> str:
@@ -155,8 +207,22 @@ def _harmless(text: str) -> str:
 def _line_editor() -> Callable[[str], str]:
     """Arrow keys and history where the system has them."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (importing it is what makes input() editable)
-    return _read_line
+        import readline
+
+        # Python switches it off; with it the terminal marks pasted text, whose line ends then end no message.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    return _read_message if sys.stdin.isatty() else _read_line
+
+
+def _read_message(prompt: str) -> str:
+    """A typed line; where the terminal does not mark pasted text, the lines that follow at once belong to it."""
+    lines = [_read_line(prompt)]
+    while select.select([sys.stdin], [], [], _PASTE_SECONDS)[0]:
+        try:
+            lines.append(_read_line(""))
+        except EOFError:
+            break
+    return "\n".join(lines)
 
 
 def _read_line(prompt: str) -> str:
