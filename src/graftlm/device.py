@@ -50,6 +50,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def use_all_cores() -> None:
+    """Let torch compute on every core this process may use, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_cores())
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process (CPU) or its allocator on the GPU has held so far."""
     if device.type == "cuda":

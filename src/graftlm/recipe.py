@@ -123,6 +123,12 @@ class LossScale(Section):
     floor: Positive = 1e-4
 
 
+# Knobs of a stage that change how it is computed, not what: they may be changed in the middle of one.
+HOW_NOT_WHAT = frozenset({"micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
+# Steps of every run, whose folders are found by these names.
+STEP_NAMES = frozenset({"scratch", "tokenizer", "base", "data", "model", "heldout", "report"})
+
+
 class Stage(Section):
     """One stretch of training with one set of trainable parameters and one schedule."""
 
@@ -289,6 +295,9 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two stages are named {', '.join(twice)}: give each its own name")
+        taken = sorted(STEP_NAMES.intersection(names))
+        if taken:
+            raise ValueError(f"a stage is named {taken[0]}, as a step of every run is: give it another name")
         if any(stage.objective == "text" for stage in self.stages) and not self.data.text:
             raise ValueError("a stage with objective text needs data.text")
         learns_new_rows = any(isinstance(stage.trains, NewRows) for stage in self.stages)

@@ -1,7 +1,6 @@
-"""The run folder: names, locks, marks of finished steps, metrics, progress.
+"""The run folder: its lock, its resolved recipe, metrics, progress, and how JSON and disk errors are handled.
 
-Owns how a run is laid out on disk. Does not know what any step computes. Every step of the road writes its
-output through here, so that "finished", "unchanged" and "interrupted" mean the same everywhere.
+Owns what every part of a run writes through. Does not know steps (`step.py`) or what any of them computes.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +15,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -25,8 +23,9 @@ from graftlm.errors import DiskError, UserError
 
 T = TypeVar("T")
 
-WHOLE_FILE_BYTES = 64 * 2**20
 DONE = "done.json"
+RECIPE, LOCK = "recipe.json", ".lock"
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
 def say(text: str) -> None:
@@ -58,40 +57,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def fingerprint(path: str | Path) -> str:
-    """A sha256 over the contents of a file or of every file below a folder; a hub id is its own fingerprint.
-
-    A file beyond 64 MiB is read at its first and last MiB and by its size: enough to notice another file, and
-    weights carry manifests of their own.
-    """
-    path = Path(path)
-    if not path.exists():
-        return f"hub:{path}"
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        size_bytes = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{size_bytes}\n".encode())
-        with file.open("rb") as stream:
-            if size_bytes <= WHOLE_FILE_BYTES:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(2**20))
-                stream.seek(-(2**20), os.SEEK_END)
-                digest.update(stream.read())
-    return digest.hexdigest()
-
-
-def key_of(*parts: Any) -> str:
-    """A sha256 over plain values: what a step was asked to do and what it was given."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it. Raises DiskError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as stream:
             json.dump(value, stream, ensure_ascii=False, indent=1)
             stream.flush()
@@ -111,11 +81,15 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full, read-only or broken disk into a DiskError that tells the free bytes."""
+    """Turn a full, read-only or broken disk below `folder` into a DiskError that tells the free bytes.
+
+    An error that names a file elsewhere (an input that may not be read, say) is none of the output's and passes.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO):
+        elsewhere = error.filename is not None and not Path(error.filename).absolute().is_relative_to(folder.absolute())
+        if error.errno not in DISK_ERRORS or elsewhere:
             raise
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free_bytes = shutil.disk_usage(existing).free
@@ -169,105 +143,68 @@ class RunFolder:
         self._lock: Any = None
 
     def __enter__(self) -> Self:
+        self._refuse_foreign()
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("a+")
+            self._lock = (self.folder / LOCK).open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            raise UserError(
-                f"{self.folder} is in use by process {self._lock.read().strip() or 'unknown'}.",
-                "Wait for it, stop it, or give this run another --out.",
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        self._refuse_foreign()
+            self._take_lock()
+            self._refuse_foreign()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _refuse_foreign(self) -> None:
-        resolved = self.folder / "recipe.json"
-        if resolved.exists():
-            owner = read_json(resolved)["recipe"]["name"]
-            if owner != self.recipe_name:
-                raise UserError(
-                    f"{self.folder} holds a run of recipe {owner}, not of {self.recipe_name}; nothing was touched.",
-                    f"Give --out another folder, or delete {self.folder} if you no longer need it.",
-                )
-            return
-        strangers = sorted(p.name for p in self.folder.iterdir() if p.name != ".lock")
-        if strangers:
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
             raise UserError(
-                f"{self.folder} is not a run folder: it holds {', '.join(strangers[:3])}.",
-                "Give --out a new or empty folder.",
+                f"{self.folder} is in use by process {self._lock.read().strip() or 'unknown'}.",
+                "Wait for it, stop it, or give this run another --out.",
+            ) from None
+        except OSError as error:
+            say(f"{self.folder} cannot be locked ({error.strerror}): take care that no second run uses it.")
+        with disk_errors(self.folder):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a place that is not ours to write in, before anything is made there. Raises UserError."""
+        elsewhere = "Give --out a new or empty folder."
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise UserError(f"{self.folder} is a link to nowhere ({self.folder.readlink()}).", elsewhere)
+        file = next((p for p in (self.folder, *self.folder.parents) if p.exists() and not p.is_dir()), None)
+        if file is not None:
+            raise UserError(f"{file} is a file, not a folder.", elsewhere)
+        if not self.folder.exists():
+            return
+        owner = _recipe_name_in(self.folder / RECIPE)
+        if owner is None:
+            # `write_json` may have been killed in the middle of the very first recipe.json.
+            strangers = sorted(p.name for p in self.folder.iterdir() if p.name != LOCK and f".{RECIPE}." not in p.name)
+            if strangers:
+                raise UserError(f"{self.folder} is not a run folder: it holds {', '.join(strangers[:3])}.", elsewhere)
+        elif owner != self.recipe_name:
+            raise UserError(
+                f"{self.folder} holds a run of recipe {owner}, not of {self.recipe_name}; nothing was touched.",
+                f"Give --out another folder, or delete {self.folder} if you no longer need it.",
             )
 
-    def write_recipe(self, recipe: dict[str, Any]) -> None:
-        """Keep the resolved recipe with the versions it runs under."""
-        write_json(self.folder / "recipe.json", {"recipe": recipe, "versions": versions()})
-
-    def step(self, name: str) -> Step:
-        """The step folder `name`, for example `1-tokenizer`."""
-        return Step(self.folder / name)
+    def write_recipe(self, recipe: dict[str, Any], inputs: Mapping[str, str]) -> None:
+        """Keep the resolved recipe, the fingerprints of what it reads by path, and the versions it runs under."""
+        write_json(self.folder / RECIPE, {"recipe": recipe, "inputs": inputs, "versions": versions()})
 
 
-class Step:
-    """One step's folder: finished when it holds a done mark with the key of what it was asked to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def name(self) -> str:
-        """The folder's name, for example `2-base`."""
-        return self.folder.name
-
-    def is_done(self, key: str) -> bool:
-        """Whether the step finished with exactly this key."""
-        mark = self.folder / DONE
-        return mark.exists() and read_json(mark)["key"] == key
-
-    def begin(self, key: str, asked: dict[str, Any]) -> None:
-        """Make the folder ready: an outdated result is cleared, an interrupted one with this key is continued.
-
-        Raises UserError when the folder holds unfinished training asked for otherwise: going on would change the
-        maths, and clearing it would lose work.
-        """
-        started = self.folder / "started.json"
-        if started.exists():
-            before = read_json(started)
-            if before["key"] == key:
-                return
-            if not (self.folder / DONE).exists() and (self.folder / "checkpoints").exists():
-                changed = sorted(_changed_keys(before["asked"], asked)) or ["its inputs"]
-                raise UserError(
-                    f"{self.folder} holds unfinished training, begun with other values of: {', '.join(changed)}.",
-                    f"Put those back to continue it, or delete {self.folder} to start the stage anew.",
-                )
-        with disk_errors(self.folder):
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-        write_json(started, {"key": key, "asked": asked})
-
-    def finish(self, key: str, seconds: float, **facts: Any) -> None:
-        """Leave the done mark; `facts` are small values worth reading later."""
-        write_json(self.folder / DONE, {"key": key, "seconds": round(seconds, 3), **facts})
-
-    def seconds(self) -> float:
-        """How long the finished step took."""
-        return float(read_json(self.folder / DONE)["seconds"])
-
-
-def _changed_keys(before: Any, after: Any, prefix: str = "") -> set[str]:
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return set() if before == after else {prefix.rstrip(".")}
-    return {
-        name
-        for key in before.keys() | after.keys()
-        for name in _changed_keys(before.get(key), after.get(key), f"{prefix}{key}.")
-    }
+def _recipe_name_in(path: Path) -> str | None:
+    """The name of the recipe a run folder's recipe.json holds; None where there is none or it is another thing's."""
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    return recipe.get("name") if isinstance(recipe, dict) else None

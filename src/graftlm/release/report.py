@@ -26,11 +26,12 @@ svg{max-width:100%;height:auto;background:#fff;border-radius:6px}.qa{border-left
 def write_report(folder: Path) -> Path:
     """Write report.html into the run's `-report` folder; returns its path."""
     report = next(path for path in sorted(folder.glob("*-report")) if path.is_dir())
+    heldout = next(path for path in sorted(folder.glob("*-heldout")) if path.is_dir())
     recipe = read_json(folder / "recipe.json")
     parts = [
         f"<h1>{_safe(recipe['recipe']['name'])}</h1><p>What was done, what was proved, and how well it answers.</p>",
         _questions(_read(report / "questions.json")),
-        _heldout(_read(report / "heldout.json")),
+        _heldout(_read(heldout / "heldout.json")),
         _samples(_read(report / "samples.json")),
         _graft(_read(folder / "1-tokenizer" / "graft.json")),
         _grow(_read(folder / "2-base" / "grow.json")),

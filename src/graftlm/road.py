@@ -1,0 +1,214 @@
+"""What each step of the road does: a section of the recipe and the folders before it, to one folder.
+
+Owns which room does a step, what it is handed, and the model in hand between steps. Does not know when a step
+is due (`pipeline.py`) or how any room works. Sees the whole recipe, which only `pipeline` and `cli` do besides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftlm.device import DTYPES, pick_device
+from graftlm.errors import UserError
+from graftlm.inputs import new_language_texts
+from graftlm.model.causal import find_model, load_causal
+from graftlm.model.grow import expand_model
+from graftlm.recipe import Lora, Recipe
+from graftlm.release.export import Manifest, export_adapter, export_model
+from graftlm.release.judge import answer_exact, answer_samples, judge_states
+from graftlm.release.report import write_report
+from graftlm.step import Step
+from graftlm.talk.generate import load_chatbot
+from graftlm.text.corpus import prepare_data, read_conversations
+from graftlm.text.dialogue import Conversation
+from graftlm.text.rows import TokenRows
+from graftlm.text.templates import Template, find_template
+from graftlm.text.texts import read_texts
+from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
+from graftlm.training.scratch import build_scratch_base
+from graftlm.training.stage import StageRun, apply_stage, attach_stage
+
+LANGUAGES = ("new", "old")
+NUM_NEW_TEXTS = 64
+
+Facts = dict[str, Any]
+"""Small values a step leaves in its done mark."""
+
+
+class Road:
+    """The steps of one recipe in one run folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.device = pick_device(recipe.device)
+        number = 4 + len(recipe.stages)
+        self.model_folder = folder / f"{number}-model"
+        self.heldout_folder, self.report_folder = folder / f"{number + 1}-heldout", folder / f"{number + 2}-report"
+        # The model before stage `number`, kept from the stage just trained so that it is not loaded again.
+        self._in_hand: tuple[int, Any] | None = None
+
+    def stage_folder(self, number: int) -> Path:
+        """The folder of stage `number` (from 0)."""
+        return self.folder / f"{4 + number}-{self.recipe.stages[number].name}"
+
+    @property
+    def _base(self) -> str | Path:
+        return self.recipe.base.model or self.folder / "0-scratch" / "model"
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder / "1-tokenizer")
+
+    @property
+    def _template(self) -> Template:
+        return find_template(self.recipe.data.template, self._tokenizer)
+
+    def build_scratch(self, step: Step) -> Facts:
+        """Step 0: a small base from nothing."""
+        assert self.recipe.base.scratch is not None
+        return build_scratch_base(self.recipe.base.scratch, self.recipe.seed, step.folder, self.device)
+
+    def graft_tokenizer(self, step: Step) -> Facts:
+        """Step 1: the grafted tokenizer."""
+        base = find_model(self._base)
+        if self.recipe.tokenizer.mode == "keep":
+            load_tokenizer(base).save(step.folder)
+        else:
+            graft_tokenizer(base, self.recipe.tokenizer, step.folder)
+        return {}
+
+    def grow_base(self, step: Step) -> Facts:
+        """Step 2: the base with rows for the new pieces."""
+        grow = self.recipe.grow
+        tokenizer = self.folder / "1-tokenizer"
+        expand_model(
+            self._base,
+            tokenizer,
+            grow.embedding,
+            step.folder,
+            head_init=grow.head,
+            vectors=grow.vectors,
+            seed=grow.seed,
+            new_texts=self._new_texts(),
+        )
+        return {}
+
+    def _new_texts(self) -> list[str]:
+        """The first texts of the new language, to tell the grown base's first loss on new pieces by."""
+        texts = (text for path in new_language_texts(self.recipe) for text in read_texts(path))
+        return list(itertools.islice((text for text in texts if text.strip()), NUM_NEW_TEXTS))
+
+    def prepare_data(self, step: Step) -> Facts:
+        """Step 3: rows to learn from and to be judged by."""
+        prepare_data(self.recipe.data, self._tokenizer, self._template, step.folder)
+        return {}
+
+    def model_before(self, number: int) -> Any:
+        """The plain float32 model that stage `number` begins with."""
+        in_hand, self._in_hand = self._in_hand, None
+        if in_hand is not None and in_hand[0] == number:
+            return in_hand[1]
+        model = load_causal(self.folder / "2-base")
+        for earlier in range(number):
+            model = self._apply(model, earlier)
+        return model
+
+    def _apply(self, model: Any, number: int) -> Any:
+        return apply_stage(model, self.recipe.stages[number], self.stage_folder(number), self._tokenizer.first_new_id)
+
+    def train_stage(self, number: int) -> Callable[[Step], Facts]:
+        """The step that trains stage `number` (from 0)."""
+
+        def work(step: Step) -> Facts:
+            stage = self.recipe.stages[number]
+            tokenizer = self._tokenizer
+            data = self.folder / "3-data"
+            rows = TokenRows.load(data / ("text" if stage.objective == "text" else "train"), tokenizer=tokenizer)
+            held = {language: data / f"heldout-{language}" for language in LANGUAGES}
+            heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
+            training = StageRun(
+                self.model_before(number), stage, rows, heldout, step.folder, self.device, tokenizer.first_new_id
+            )
+            training.run()
+            self._in_hand = (number + 1, training.finished_model())
+            return {"num_steps": training.step, "peak_memory_bytes": training.peak_memory_bytes()}
+
+        return work
+
+    def export_model(self, step: Step) -> Facts:
+        """The finished model, as others load it."""
+        model = self.model_before(len(self.recipe.stages))
+        return {"max_logit_difference": self.export(model, step.folder).max_logit_difference}
+
+    def export(self, model: Any, out: Path) -> Manifest:
+        """Write one merged folder for plain transformers."""
+        section = self.recipe.export
+        dtype, max_shard = DTYPES[section.dtype], f"{section.max_shard_gb:g}GB"
+        return export_model(model.cpu(), self._tokenizer, self._template.jinja, out, dtype=dtype, max_shard=max_shard)
+
+    def export_adapter(self, out: Path) -> Manifest:
+        """Write the last stage's adapter, and beside it the model it belongs on."""
+        number = len(self.recipe.stages) - 1
+        stage = self.recipe.stages[number]
+        if not isinstance(stage.trains, Lora):
+            raise UserError(
+                f"The last stage, {stage.name}, trains {stage.trains.kind}: there is no adapter to export.",
+                "Export with --to hf.",
+            )
+        below = self.model_before(number)
+        export_model(below, self._tokenizer, self._template.jinja, out / "base", dtype=torch.float32)
+        tokenizer = self._tokenizer
+        adapted = attach_stage(below, stage, self.stage_folder(number), tokenizer.first_new_id)
+        return export_adapter(adapted, tokenizer, self._template.jinja, out / "adapter", out / "base")
+
+    def check_stages_done(self) -> None:
+        """Refuse a run whose training has not ended. Raises UserError."""
+        for number in range(len(self.recipe.stages)):
+            if not (self.stage_folder(number) / "done.json").is_file():
+                raise UserError(
+                    f"Stage {self.recipe.stages[number].name} of {self.folder} is not finished.",
+                    "Run its recipe again to continue it.",
+                )
+
+    def judge(self, step: Step) -> Facts:
+        """Held-out figures at every stop of the road."""
+        judge_states(self._states(), self._heldout_conversations(), self._template, self.device, step.folder)
+        return {}
+
+    def report(self, step: Step) -> Facts:
+        """Samples, questions and the page."""
+        section = self.recipe.report
+        conversations = self._heldout_conversations()
+        chatbot = load_chatbot(self.model_folder, self.recipe.device)
+        answer_samples(chatbot, conversations, section.num_samples, section.max_answer_tokens, step.folder)
+        if section.exact_questions:
+            answer_exact(
+                chatbot, section.exact_questions, section.questions_shown, section.max_answer_tokens, step.folder
+            )
+        write_report(self.folder)
+        return {}
+
+    def _heldout_conversations(self) -> dict[str, list[Conversation]]:
+        files = {language: self.folder / "3-data" / f"heldout-{language}.jsonl" for language in LANGUAGES}
+        return {
+            language: read_conversations(path, language=language)[0]
+            for language, path in files.items()
+            if path.is_file()
+        }
+
+    def _states(self) -> Iterator[tuple[str, Any, Tokenizer]]:
+        """The model at every stop of the road, one in memory at a time."""
+        tokenizer = self._tokenizer
+        yield "base", load_causal(self._base).to(self.device), load_tokenizer(find_model(self._base))
+        model = load_causal(self.folder / "2-base")
+        yield "grown", model.to(self.device), tokenizer
+        for number, stage in enumerate(self.recipe.stages):
+            model = self._apply(model.cpu(), number)
+            yield stage.name, model.to(self.device), tokenizer
+        yield "model", load_causal(self.model_folder).to(self.device), tokenizer
