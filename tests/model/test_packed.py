@@ -41,6 +41,39 @@ def test_packed_equals_each_row_alone(kv_heads: int) -> None:
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-10, atol=1e-11), name
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_shared_prefix_changes_neither_outputs_nor_gradients(kv_heads: int) -> None:
+    model = with_exact_norms(body(kv_heads))
+    prefix = torch.randint(0, 40, (1, 7))
+    own = torch.randint(0, 40, (1, sum(LENGTHS)))
+    weights = torch.randn(sum(LENGTHS), 32, dtype=torch.float64)
+    model.set_attn_implementation("sdpa")
+    rows = [torch.cat([prefix, row], dim=1) for row in own.split(LENGTHS, 1)]
+    alone = torch.cat([model(row, use_cache=False).last_hidden_state[0, 7:] for row in rows])
+    (alone * weights).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    attend_packed(model)
+    layout = make_layout(LENGTHS, torch.device("cpu"), num_shared=7)
+    ids = torch.cat([prefix, own], dim=1)
+    packed = model(ids, position_ids=layout.positions_1T, use_cache=False, layout=layout).last_hidden_state[0, 7:]
+    (packed * weights).sum().backward()
+    assert torch.allclose(packed, alone, rtol=0, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        difference = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
+        assert difference <= 1e-12, name
+
+
+def with_exact_norms(model: LlamaModel) -> LlamaModel:
+    """transformers' RMSNorm rounds to float32 inside; gradients of a shared prefix are summed before that rounding."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon, dtype=torch.float64)
+                setattr(module, name, norm)
+    return model
+
+
 def test_no_row_sees_another() -> None:
     model = body(4)
     attend_packed(model)

@@ -5,13 +5,19 @@ losses, optimizers or text. Rows are gathered into groups of similar length, pad
 attended causally: a padding position comes after every real one of its row, so no real position can see it and
 the result equals attention over each row alone.
 
-Shapes: B rows of a group, L positions of a group, T tokens of the micro-batch, H heads, D head size.
+Rows that begin with the same tokens (a chat template's opening words) may share them: the prefix lies once at the front
+and every row attends to its keys and values as to its own. What a prefix position computes depends on the prefix alone,
+so the result is the same; its gradient is the sum over the rows.
+
+Shapes: B rows of a group, L positions of a group, P tokens of the shared prefix, T tokens of the micro-batch, H heads,
+D head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +39,19 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where each row of a packed micro-batch lies: its groups, and positions that restart at 0 in every row."""
+    """Where each row of a packed micro-batch lies: its groups, and positions that restart in every row.
+
+    The first `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them.
+    """
 
     groups: tuple[RowGroup, ...]
     positions_1T: torch.Tensor
+    num_shared: int = 0
 
 
-def make_layout(lengths: Sequence[int], device: torch.device) -> PackedLayout:
-    """Lay out rows of these lengths (tokens), given in the order in which they lie end to end."""
-    starts = [0]
+def make_layout(lengths: Sequence[int], device: torch.device, num_shared: int = 0) -> PackedLayout:
+    """Lay out rows of these own lengths (tokens) in the order in which they lie end to end, behind `num_shared`."""
+    starts = [num_shared]
     for length in lengths:
         starts.append(starts[-1] + length)
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
@@ -55,8 +65,9 @@ def make_layout(lengths: Sequence[int], device: torch.device) -> PackedLayout:
             groups.append([row])
             filled = lengths[row]
     built = tuple(_group([(starts[row], lengths[row]) for row in group], device) for group in groups)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    return PackedLayout(built, positions[None])
+    own = [torch.arange(num_shared, num_shared + length) for length in lengths]
+    positions = torch.cat([torch.arange(num_shared), *own]).to(device)
+    return PackedLayout(built, positions[None], num_shared)
 
 
 def _group(rows: list[tuple[int, int]], device: torch.device) -> RowGroup:
@@ -88,23 +99,31 @@ def packed_attention(
     del attention_mask
     heads_are_shared = key_1HTD.shape[1] != query_1HTD.shape[1]
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
-    parts = []
+    num_shared = layout.num_shared
+    shared = [x[:num_shared].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)]
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=heads_are_shared)
+    parts = [attend(*shared, is_causal=True)[0].transpose(0, 1)] if num_shared else []
     for group in layout.groups:
         query, key, value = (x[group.gather_BL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
-        attended_BHLD = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=heads_are_shared,
-        )
+        if num_shared:
+            key, value = (
+                torch.cat([front.expand(len(own), -1, -1, -1), own], dim=2)
+                for front, own in zip(shared[1:], (key, value), strict=True)
+            )
+            seen_LK = _prefix_and_past(query.shape[2], num_shared, query.device)
+            attended_BHLD = attend(query, key, value, attn_mask=seen_LK)
+        else:
+            attended_BHLD = attend(query, key, value, is_causal=True)
         parts.append(attended_BHLD.transpose(1, 2)[group.real_BL])
     attended_NHD = torch.cat(parts)
-    order_N = torch.cat([group.flat_N for group in layout.groups])
+    order_N = torch.cat([torch.arange(num_shared, device=attended_NHD.device), *(g.flat_N for g in layout.groups)])
     attended_THD = torch.empty_like(attended_NHD).index_copy(0, order_N, attended_NHD)
     return attended_THD[None], None
+
+
+def _prefix_and_past(num_own: int, num_shared: int, device: torch.device) -> torch.Tensor:
+    """Which of P + L keys each of L own positions sees: the whole prefix and its own row up to itself."""
+    return torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=device).tril(num_shared)
 
 
 def attend_packed(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from graftlm.text.rows import TokenRows
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed micro-batch: T tokens end to end, N labels.
+    """One packed micro-batch: T tokens end to end, N labels; what all rows begin with may lie once at the front.
 
     `labelled_N` are flat positions whose next token is a target, `targets_N` those tokens' ids, `row_N` the place
     in `row_ids` each label belongs to.
@@ -59,18 +59,35 @@ def pack(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
     return bins
 
 
-def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device) -> Batch:
-    """Lay these rows end to end."""
+def common_prefix(rows: TokenRows, row_ids: Sequence[int]) -> int:
+    """How many tokens all these rows begin with, short of any target: a template's opening words.
+
+    At least one token that is no prefix is left to every row, to predict its first target from.
+    """
+    first = rows.row(row_ids[0])[0]
+    longest = len(first)
+    for row_id in row_ids:
+        ids, is_target = rows.row(row_id)
+        targets = np.flatnonzero(is_target[1:])
+        longest = min(longest, len(ids) - 1, int(targets[0]) if len(targets) else len(ids) - 1)
+        different = np.flatnonzero(ids[:longest] != first[:longest])
+        longest = int(different[0]) if len(different) else longest
+    return longest
+
+
+def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device, num_shared: int = 0) -> Batch:
+    """Lay these rows end to end, the `num_shared` tokens they all begin with once at the front."""
     pairs = [rows.row(row_id) for row_id in row_ids]
-    lengths = [len(ids) for ids, _ in pairs]
-    ids_T = torch.from_numpy(np.concatenate([ids for ids, _ in pairs]).astype(np.int64))
-    # A row's first token is never predicted: what precedes it in the pack is another row.
-    is_target_T = np.concatenate([np.r_[False, is_target[1:]] for _, is_target in pairs])
+    own = [(ids[num_shared:], is_target[num_shared:]) for ids, is_target in pairs]
+    lengths = [len(ids) for ids, _ in own]
+    ids_T = torch.from_numpy(np.concatenate([pairs[0][0][:num_shared], *(ids for ids, _ in own)]).astype(np.int64))
+    # A row's first token is never predicted: what precedes it in the pack is another row, or a prefix of many.
+    is_target_T = np.concatenate([np.zeros(num_shared, bool), *(np.r_[False, is_target[1:]] for _, is_target in own)])
     labelled_N = torch.from_numpy(np.flatnonzero(is_target_T) - 1)
-    row_T = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths))
+    row_T = torch.repeat_interleave(torch.arange(-1, len(pairs)), torch.tensor([num_shared, *lengths]))
     return Batch(
         ids_1T=ids_T[None].to(device),
-        layout=make_layout(lengths, device),
+        layout=make_layout(lengths, device, num_shared),
         labelled_N=labelled_N.to(device),
         targets_N=ids_T[labelled_N + 1].to(device),
         row_N=row_T[labelled_N].to(device),
@@ -78,16 +95,29 @@ def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device) ->
     )
 
 
-def row_batches(rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device) -> list[Batch]:
-    """Pack these rows into as few micro-batches as best fit finds."""
-    lengths = [int(rows.lengths[row_id]) for row_id in row_ids]
-    return [make_batch(rows, [row_ids[place] for place in places], device) for places in pack(lengths, budget_tokens)]
+def row_batches(
+    rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device, shares_prefix: bool = True
+) -> list[Batch]:
+    """Pack these rows into as few micro-batches as best fit finds; a common beginning lies in each once."""
+    num_shared = common_prefix(rows, row_ids) if shares_prefix else 0
+    lengths = [int(rows.lengths[row_id]) - num_shared for row_id in row_ids]
+    packs = pack(lengths, budget_tokens - num_shared)
+    return [make_batch(rows, [row_ids[place] for place in places], device, num_shared) for places in packs]
 
 
 class Steps:
     """All steps of a stage: which rows each takes, and their micro-batches."""
 
-    def __init__(self, rows: TokenRows, *, batch_rows: int, micro_batch_tokens: int, epochs: float, seed: int) -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        batch_rows: int,
+        micro_batch_tokens: int,
+        epochs: float,
+        seed: int,
+        shares_prefix: bool = True,
+    ) -> None:
         if not len(rows):
             raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
         longest = int(rows.lengths.max())
@@ -100,6 +130,7 @@ class Steps:
         self.batch_rows = batch_rows
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
+        self.shares_prefix = shares_prefix
         self.steps_per_epoch = math.ceil(len(rows) / batch_rows)
         self.num_steps = max(1, round(epochs * self.steps_per_epoch))
 
@@ -111,4 +142,4 @@ class Steps:
 
     def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
         """The step's rows, packed."""
-        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device)
+        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device, self.shares_prefix)

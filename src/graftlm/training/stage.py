@@ -1,8 +1,7 @@
-"""One stage around the loop: what learns, from which rows, watched and saved how.
+"""One stage around the loop: what learns, from which rows, saved and resumed how.
 
-Owns resuming, held-out readings, best weights, early stopping and interruption.
-The loop knows none of it: everything hangs on `on_step`. A stage's result is one file of trained tensors;
-`apply_stage` puts it onto the model the stage began with.
+Owns resuming, interruption and the stage's result. The loop knows none of it: everything hangs on `on_step`. A
+stage's result is one file of trained tensors; `apply_stage` puts it onto the model the stage began with.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from graftlm.device import (
     LossScaler,
     Precision,
     fastest_precision,
+    forget_peak_memory,
     peak_memory_bytes,
     random_states,
     restore_random_states,
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
-from graftlm.model.causal import body_of
+from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, say
+from graftlm.run import Metrics, read_metrics, say
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Steps
+from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_newest_checkpoint,
-    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
 )
-from graftlm.training.heldout import heldout_losses
 from graftlm.training.loop import StepRecord, train
-from graftlm.training.optim import learning_rate_shape, make_optimizer
+from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
+from graftlm.training.show import steps_shown
 from graftlm.training.trainable import (
     copy_weights,
     learning_roles,
@@ -53,9 +53,8 @@ from graftlm.training.trainable import (
 )
 
 TRAINED = "trained"
-BEST = "best"
 STATE_GROUPS = ("weights", "optimizer", "random")
-EVALS_BY_DEFAULT = 5
+CHECKPOINTS_BY_DEFAULT = 10
 
 
 class _EarlyStop(Exception):
@@ -105,14 +104,14 @@ class StageRun:
         device: torch.device,
         first_new_id: int | None,
     ) -> None:
-        self.stage, self.folder, self.heldout, self.first_new_id = stage, folder, heldout, first_new_id
+        self.stage, self.folder, self.first_new_id = stage, folder, first_new_id
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl")
         seed_everything(stage.seed)
         self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed).to(device)
         attend_packed(body_of(self.model))
         if stage.gradient_checkpointing:
-            body_of(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.model, True)
         self.roles = learning_roles(self.model)
         self.optimizer = make_optimizer(self.roles, stage)
         self.precision = make_precision(stage, device)
@@ -122,11 +121,13 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
+            # Dropout draws anew for every token: a prefix run once would drop alike in all rows.
+            shares_prefix=getattr(stage.trains, "dropout", 0.0) == 0.0,
         )
-        self.heldout_every = stage.heldout_every or math.ceil(self.steps.num_steps / EVALS_BY_DEFAULT)
-        self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(self.steps.num_steps / 10))
-        self.step = self.num_updates = self.readings_since_best = 0
-        self.best_loss = math.inf
+        num_steps = self.steps.num_steps
+        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
+        self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
+        self.step = self.num_updates = 0
         self.is_stopping = False
 
     def state(self) -> Checkpoint:
@@ -134,15 +135,14 @@ class StageRun:
         values = {
             "step": self.step,
             "num_updates": self.num_updates,
-            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
-            "readings_since_best": self.readings_since_best,
+            "heldout": self.watch.state(),
             "scaler": self.precision.scaler.state() if self.precision.scaler else None,
             "skips_in_a_row": self.precision.skips_in_a_row,
             "precision": self.precision.name,
         }
         tensors = {
             "weights": self._weights(),
-            "optimizer": _optimizer_tensors(self.optimizer, self.model),
+            "optimizer": optimizer_tensors(self.optimizer, trainable_parameters(self.model)),
             "random": random_states(),
         }
         return Checkpoint(tensors, values)
@@ -156,12 +156,11 @@ class StageRun:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
         self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
         copy_weights(self.model, saved.tensors["weights"])
-        _restore_optimizer(self.optimizer, self.model, saved.tensors["optimizer"])
+        restore_optimizer(self.optimizer, trainable_parameters(self.model), saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
         values = saved.values
         self.step, self.num_updates = values["step"], values["num_updates"]
-        self.best_loss = math.inf if values["best_loss"] is None else values["best_loss"]
-        self.readings_since_best = values["readings_since_best"]
+        self.watch.restore(values["heldout"])
         self.precision.skips_in_a_row = values["skips_in_a_row"]
         if self.precision.scaler and values["scaler"]:
             self.precision.scaler.restore(values["scaler"])
@@ -170,27 +169,22 @@ class StageRun:
         return True
 
     def run(self) -> None:
-        """Train to the end, or raise Interrupted after saving."""
+        """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
+        forget_peak_memory(self.precision.device)
         if not self.resume():
             self._read_heldout(0)
-        observers = [self._count, self._record, self._watch_heldout, self._save_regularly, self._stop_if_asked]
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            train(
-                self.model,
-                self.steps,
-                first_step=self.step,
-                num_updates=self.num_updates,
-                lr_at=learning_rate_shape(self.stage, self.steps.num_steps),
-                optimizer=self.optimizer,
-                groups=self.roles,
-                precision=self.precision,
-                max_grad_norm=self.stage.max_grad_norm,
-                on_step=observers,
-            )
+            self._train()
         except _EarlyStop:
             say(f"{self.stage.name}: held-out loss stopped improving; stopped after step {self.step}")
             self.metrics.append("note", step=self.step, text="stopped early: held-out loss no longer improves")
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.stage.name}: out of memory after step {self.step}: {str(error).splitlines()[0]}",
+                f"Lower micro_batch_tokens (now {self.stage.micro_batch_tokens:,}) or set gradient_checkpointing: true; "
+                "both may be changed now, the run goes on from its last checkpoint.",
+            ) from None
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -204,6 +198,24 @@ class StageRun:
         if self.is_stopping:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
+    def _train(self) -> None:
+        num_steps = self.steps.num_steps
+        with steps_shown(self.stage.name, num_steps, self.step) as show:
+            train(
+                self.model,
+                self.steps,
+                first_step=self.step,
+                num_updates=self.num_updates,
+                lr_at=learning_rate_shape(self.stage, num_steps),
+                optimizer=self.optimizer,
+                groups=self.roles,
+                precision=self.precision,
+                max_grad_norm=self.stage.max_grad_norm,
+                on_step=[
+                    self._count, self._record, show, self._watch_heldout, self._save_regularly, self._stop_if_asked
+                ],
+            )  # fmt: skip
+
     def finished_model(self) -> Any:
         """The plain model with what the kept weights learned, in float32 on the CPU.
 
@@ -211,14 +223,27 @@ class StageRun:
         """
         model = self.model.cpu()
         copy_weights(model, load_checkpoint(self.folder / TRAINED).tensors["weights"])
-        body_of(model).gradient_checkpointing_disable()
+        recompute_activations(model, False)
         model = restore_model(model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
 
-    def peak_memory_bytes(self) -> int:
-        """The most memory held so far, on the device that trains."""
-        return peak_memory_bytes(self.precision.device)
+    def facts(self) -> dict[str, Any]:
+        """What the finished stage took: steps, tokens, seconds in steps (of every process that took part), memory."""
+        steps = [line for line in read_metrics(self.metrics.path) if line["event"] == "step"]
+        num_tokens, seconds = (sum(line[key] for line in steps) for key in ("num_tokens", "seconds"))
+        return {
+            "num_steps": self.step,
+            "num_updates": self.num_updates,
+            "kept_step": load_checkpoint(self.folder / TRAINED).values["step"],
+            "num_tokens": num_tokens,
+            "training_seconds": round(seconds, 3),
+            "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
+            "peak_memory_bytes": peak_memory_bytes(self.precision.device),
+            "num_learning_parameters": sum(p.numel() for p in trainable_parameters(self.model).values()),
+            "precision": self.precision.name,
+            "device": self.precision.device.type,
+        }
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu() for name, p in trainable_parameters(self.model).items()}
@@ -230,33 +255,13 @@ class StageRun:
         self.metrics.append("step", **asdict(record))
 
     def _watch_heldout(self, record: StepRecord) -> None:
-        if record.step % self.heldout_every == 0 or record.step == self.steps.num_steps:
+        if self.watch.is_due(record.step):
             self._read_heldout(record.step)
-            limit = self.stage.early_stop_after
-            if limit is not None and self.readings_since_best >= limit:
+            if self.watch.is_over:
                 raise _EarlyStop
 
     def _read_heldout(self, step: int) -> None:
-        readings = {}
-        for language, rows in self.heldout.items():
-            losses = heldout_losses(self.model, rows, self.precision, self.stage.micro_batch_tokens)
-            readings[language] = {
-                "bits_per_byte": losses.bits_per_byte,
-                "loss_per_answer_token": losses.loss_per_target,
-                "num_rows": len(rows),
-            }
-        self.metrics.append("heldout", step=step, **readings)
-        if not readings:
-            return
-        judged = readings.get("new") or next(iter(readings.values()))
-        if judged["bits_per_byte"] < self.best_loss:
-            self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
-            if self.stage.keep == "best" and step > 0:
-                best = Checkpoint({"weights": self._weights()}, {"step": step})
-                save_checkpoint(step_folder(self.folder / BEST, step), best)
-                prune_checkpoints(self.folder / BEST, num_kept=1)
-        else:
-            self.readings_since_best += 1
+        self.watch.read(step, self.model, self.precision, self._weights)
 
     def _save_regularly(self, record: StepRecord) -> None:
         if record.step % self.checkpoint_every == 0:
@@ -280,29 +285,9 @@ class StageRun:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
     def _keep_result(self) -> None:
-        best = newest_checkpoint(self.folder / BEST)
-        if self.stage.keep == "best" and best is not None:
-            kept = load_checkpoint(best)
-        else:
-            if self.stage.keep == "best" and self.heldout:
+        kept = self.watch.best()
+        if kept is None:
+            if self.stage.keep == "best" and self.watch.heldout:
                 say(f"{self.stage.name}: no held-out reading was better than before it; its last weights are kept")
             kept = Checkpoint({"weights": self._weights()}, {"step": self.step})
         save_checkpoint(self.folder / TRAINED, kept)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, torch.Tensor]:
-    names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
-    return {
-        f"{names[id(parameter)]}|{key}": value.detach().cpu()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = trainable_parameters(model)
-    for joined, value in tensors.items():
-        name, _, key = joined.rpartition("|")
-        parameter = parameters[name]
-        # AdamW keeps its step count where its kernel wants it; moments lie beside their parameter.
-        optimizer.state[parameter][key] = value.to(parameter.device)

@@ -1,0 +1,85 @@
+"""Packed micro-batches: deterministic, within the budget, and a beginning that all rows share lies in each once."""
+
+import numpy as np
+import pytest
+import torch
+
+from graftlm.device import Precision
+from graftlm.model.packed import attend_packed
+from graftlm.text.rows import TokenRows
+from graftlm.training.batches import common_prefix, make_batch, pack, row_batches
+from graftlm.training.loop import response_loss_sum
+from tests.training.tiny_training import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def rows_of(rows: list[tuple[list[int], list[int]]]) -> TokenRows:
+    """Rows given as ids and mask."""
+    ids = np.concatenate([row for row, _ in rows]).astype(np.uint16)
+    is_target = np.concatenate([mask for _, mask in rows]).astype(bool)
+    offsets = np.r_[0, np.cumsum([len(row) for row, _ in rows])].astype(np.int64)
+    return TokenRows(ids, is_target, offsets, np.full(len(rows), 1, np.int64))
+
+
+FRAMED = rows_of([
+    ([1, 5, 6, 7, 20, 21, 2], [0, 0, 0, 0, 0, 1, 1]),
+    ([1, 5, 6, 7, 22, 2], [0, 0, 0, 0, 0, 1]),
+    ([1, 5, 6, 7, 9, 10, 11, 30, 2], [0, 0, 0, 0, 0, 0, 0, 1, 1]),
+])  # fmt: skip
+
+
+def test_packing_is_deterministic_and_within_the_budget() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 60, 200)]
+    bins = pack(lengths, 64)
+    assert sorted(place for places in bins for place in places) == list(range(200))
+    assert all(sum(lengths[place] for place in places) <= 64 for places in bins)
+    assert bins == pack(lengths, 64)
+    assert sum(lengths) / (64 * len(bins)) > 0.93
+
+
+def test_the_common_beginning_ends_where_rows_differ() -> None:
+    assert common_prefix(FRAMED, [0, 1, 2]) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([([1, 5, 6], [0, 1, 1]), ([1, 5, 6], [0, 1, 1])], 0),  # what follows the first token is learned
+        ([([1, 5, 6, 7], [0, 0, 1, 1]), ([1, 5, 6, 7], [0, 0, 1, 1])], 1),  # the first target needs its own forerunner
+        ([([1, 5, 6], [0, 0, 0]), ([1, 5, 6], [0, 0, 0])], 2),  # no target at all: one token stays each row's own
+        ([([1], [0]), ([1, 5], [0, 1])], 0),
+    ],
+)
+def test_the_common_beginning_never_holds_what_a_target_is_predicted_from(
+    rows: list[tuple[list[int], list[int]]], expected: int
+) -> None:
+    assert common_prefix(rows_of(rows), range(len(rows))) == expected
+
+
+def test_a_batch_names_the_same_targets_with_and_without_sharing() -> None:
+    plain, shared = (make_batch(FRAMED, [0, 1, 2], CPU, num_shared) for num_shared in (0, 4))
+    assert torch.equal(plain.targets_N, shared.targets_N)
+    assert torch.equal(plain.row_N, shared.row_N)
+    before = [batch.ids_1T[0, batch.labelled_N] for batch in (plain, shared)]
+    assert torch.equal(*before)
+    assert plain.num_tokens - shared.num_tokens == 2 * 4
+    positions = [batch.layout.positions_1T[0, batch.labelled_N] for batch in (plain, shared)]
+    assert torch.equal(*positions)
+
+
+@pytest.mark.parametrize("budget", [9, 12, 64])
+def test_sharing_the_beginning_changes_neither_loss_nor_gradients(budget: int) -> None:
+    """float32, within rounding; exact equality in float64 is tested beside the attention itself."""
+    found = []
+    for shares in (False, True):
+        model = tiny_model()
+        attend_packed(model.get_decoder())
+        precision = Precision(torch.float32, CPU)
+        losses = [response_loss_sum(model, b, precision) for b in row_batches(FRAMED, [0, 1, 2], budget, CPU, shares)]
+        sum(losses).backward()
+        found.append((sum(losses).item(), [p.grad for p in model.parameters()]))
+    (plain_loss, plain), (shared_loss, shared) = found
+    assert shared_loss == pytest.approx(plain_loss, rel=1e-6)
+    for a, b in zip(plain, shared, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * a.abs().max().item())
