@@ -1,0 +1,1 @@
+"""Why training fails: what to watch, what it means, what cures it."""

@@ -1,0 +1,170 @@
+"""What a run's curves say by themselves: records in, findings and a verdict out.
+
+Owns the rules by which a curve is called a storm, a ratchet, a divergence or damage. Pure functions: no model, no
+files. What only a replay can tell (which layer, which row) lies in the autopsy.
+
+The thresholds come from four published runs of the card's author (11,718 steps each, healthy): their loss, smoothed by
+a median of ten readings, never rose more than 0.06 nats above its best after warm-up (0.41 while warming up), at most 7
+overflows came in a row, and a scale that fell from 65,536 to 1 in 41 steps came to rest and trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
+from graftlm.health.finding import Finding, Verdict, alarms
+from graftlm.health.logs import RunLog, finite_losses
+
+WINDOW = 10
+STORM_STEPS = 20  # in a row; a calibrating scale with hysteresis 2 needs at most 7 in the published logs
+RISE_NATS = 0.7  # a rise above the best smoothed loss that no healthy published run comes near
+RISE_SHARE = 0.15  # and this share of all that had been learned
+SETTLED_STEPS = 100  # a scale calibrates before
+RATCHET_BITS = 8.0
+RATCHET_WINDOWS = 4
+
+
+def diagnose_curves(log: RunLog) -> tuple[list[Finding], Verdict]:
+    """Findings from a log alone, in the order of their steps, and the verdict they amount to."""
+    findings = [
+        *_crash(log), *_storms(log), *_ratchet(log), *_not_finite(log), *_rise(log), *_over_fitted(log),
+    ]  # fmt: skip
+    findings.sort(key=lambda finding: (finding.step is None, finding.step or 0))
+    return findings, _verdict(log, findings)
+
+
+def smoothed(log: RunLog) -> list[tuple[int, float]]:
+    """(step, loss): the median of each reading and the nine before it."""
+    losses = list(finite_losses(log.records))
+    return [
+        (step, statistics.median(loss for _, loss in losses[max(0, place - WINDOW + 1) : place + 1]))
+        for place, (step, _) in enumerate(losses)
+    ]
+
+
+def _crash(log: RunLog) -> list[Finding]:
+    if not log.ending:
+        return []
+    return [
+        Finding(
+            "scale-at-floor" if "scale" in log.ending else "stopped", "fatal", "loss scale", log.last_step, log.ending,
+            "Roll back to the last good state and lower peak_lr (0.3 of it), or train in bf16 where there is hardware.",
+        )
+    ]  # fmt: skip
+
+
+def _runs_of_overflows(log: RunLog) -> list[tuple[int, int]]:
+    """(first step, length) of every unbroken run of skipped steps."""
+    steps = sorted({step for step, _ in log.scales})
+    runs: list[tuple[int, int]] = []
+    for step in steps:
+        if runs and step == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((step, 1))
+    return runs
+
+
+def _storms(log: RunLog) -> list[Finding]:
+    return [
+        Finding(
+            "overflow-storm", "fatal", "gradients", first,
+            f"{length} steps in a row overflowed, from step {first} on; none of them touched a weight.",
+            "No scale helps when the forward pass itself overflows: roll back and lower peak_lr; see where with "
+            "graftlm autopsy on the run's own folder.",
+        )
+        for first, length in _runs_of_overflows(log)
+        if length >= STORM_STEPS
+    ]  # fmt: skip
+
+
+def _ratchet(log: RunLog) -> list[Finding]:
+    """A scale that keeps falling after it should have come to rest: overflows that do not depend on it."""
+    settled = [(step, math.log2(scale)) for step, scale in log.scales if step > SETTLED_STEPS and scale > 0]
+    if len(settled) < RATCHET_WINDOWS * 2:
+        return []
+    quarter = len(settled) // RATCHET_WINDOWS
+    parts = [settled[i * quarter : (i + 1) * quarter] for i in range(RATCHET_WINDOWS)]
+    levels = [statistics.median(bits for _, bits in part) for part in parts]
+    fell = levels[0] - levels[-1]
+    if fell < RATCHET_BITS or any(later > earlier for earlier, later in pairwise(levels)):
+        return []
+    return [
+        Finding(
+            "ratchet", "fatal", "loss scale", settled[0][0],
+            f"The scale fell by 2^{fell:.0f} after step {SETTLED_STEPS} and never rose: {len(settled)} overflows that "
+            "a lower scale does not cure.",
+            "Some rows or a layer give non-finite numbers at any scale: find them with graftlm autopsy, and drop "
+            "those rows or lower peak_lr.",
+        )
+    ]  # fmt: skip
+
+
+def _not_finite(log: RunLog) -> list[Finding]:
+    bad = [r.step for r in log.records if r.loss is not None and not math.isfinite(r.loss)]
+    if not bad:
+        return []
+    return [
+        Finding(
+            "loss-not-finite", "fatal" if len(bad) > 1 else "warning", "forward pass", bad[0],
+            f"The loss itself was not finite at {len(bad)} of the steps logged, first at step {bad[0]}.",
+            "A loss scale cannot help a forward pass: look at the weights before that step (autopsy), lower peak_lr, "
+            "or use bf16 or fp32.",
+        )
+    ]  # fmt: skip
+
+
+def _rise(log: RunLog) -> list[Finding]:
+    """Loss far above its best, after the median is full: damage that need not crash."""
+    curve = smoothed(log)[WINDOW - 1 :]
+    if len(curve) < 2:
+        return []
+    first, (best_step, best) = curve[0][1], curve[0]
+    worst: tuple[float, int, float, int] | None = None
+    for step, loss in curve:
+        if loss < best:
+            best_step, best = step, loss
+        learned = max(first - best, 0.0)
+        if loss - best > max(RISE_NATS, RISE_SHARE * learned) and (worst is None or loss - best > worst[0]):
+            worst = (loss - best, step, best, best_step)
+    if worst is None:
+        return []
+    rise, step, was, since = worst
+    came_back = curve[-1][1] - best <= max(RISE_NATS, RISE_SHARE * max(first - best, 0.0))
+    return [
+        Finding(
+            "loss-rose", "warning" if came_back else "fatal", "training loss", step,
+            f"The smoothed loss rose by {rise:.2f} nats above its best ({was:.2f} at step {since}) and "
+            f"{'came back' if came_back else f'ended at {curve[-1][1]:.2f}'}.",
+            "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA alpha/rank counts as the rate does.",
+        )
+    ]  # fmt: skip
+
+
+def _over_fitted(log: RunLog) -> list[Finding]:
+    if len(log.heldout) < 3:
+        return []
+    best_step, best = min(log.heldout, key=lambda reading: reading[1])
+    last_step, last = log.heldout[-1]
+    if last < best * 1.02:
+        return []
+    return [
+        Finding(
+            "over-fitted", "note", "held-out loss", best_step,
+            f"Held-out loss was best at step {best_step} ({best:.3f}) and ended at {last:.3f} (step {last_step}).",
+            "Keep the best weights (keep: best) or train fewer epochs.",
+        )
+    ]  # fmt: skip
+
+
+def _verdict(log: RunLog, findings: Sequence[Finding]) -> Verdict:
+    grave = alarms(findings)
+    if log.ending or any(f.cause in ("overflow-storm", "ratchet") and f.step for f in grave if f.severity == "fatal"):
+        return "crashed"
+    if any(f.severity == "fatal" for f in grave):
+        curve = smoothed(log)
+        return "diverged" if not curve or curve[-1][1] >= curve[0][1] else "damaged"
+    return "recovered" if grave or log.interventions else "healthy"
