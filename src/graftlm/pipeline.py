@@ -174,9 +174,10 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
     for number, stage in enumerate(recipe.stages):
         asked = {"stages": {stage.name: stage.model_dump(mode="json", exclude=set(HOW_NOT_WHAT))}}
         stops.append(_Stop(road.stage_folder(number).name, asked, road.train_stage(number)))
+    sampled = recipe.report.model_dump(mode="json", include={"num_samples", "max_answer_tokens"})
     stops += [
         _Stop(road.model_folder.name, _section(recipe, "export"), road.export_model),
-        _Stop(road.heldout_folder.name, {}, road.judge),
+        _Stop(road.heldout_folder.name, {"report": sampled}, road.judge, version=2),
         _Stop(road.report_folder.name, _section(recipe, "report"), road.report, inputs["report"]),
     ]
     return stops

@@ -1,7 +1,7 @@
 """Judging a finished road: held-out figures at every stop, samples, and questions with exactly one right answer.
 
-Owns what is measured and how samples are picked: by a rule, never by their result. Writes heldout.json, samples.json
-and questions.json. Does not know how they are shown (`report.py`).
+Owns what is measured and how samples are picked: by a rule, never by their result. Does not know how they
+are shown (`report.py`).
 """
 
 from __future__ import annotations
@@ -32,39 +32,72 @@ def judge_states(
     conversations: Mapping[str, Sequence[Conversation]],
     template: Template,
     device: torch.device,
+    num_samples: int,
+    max_answer_tokens: int,
     out: Path,
-) -> list[dict[str, Any]]:
-    """Figures by state and language, and the change of each against the first state (the base), in percent."""
-    found: list[dict[str, Any]] = []
-    for name, model, tokenizer in states:
-        say(f"held-out: {name}")
-        state: dict[str, Any] = {"state": name}
-        for language, said in conversations.items():
-            figures = asdict(evaluate_conversations(model, tokenizer, template, said, device))
-            before = found[0][language]["bits_per_byte"] if found else figures["bits_per_byte"]
-            figures["change_percent"] = 100 * (figures["bits_per_byte"] / before - 1)
-            state[language] = figures
-        found.append(state)
-    write_json(out / "heldout.json", found)
-    return found
-
-
-def answer_samples(
-    chatbot: Chatbot, conversations: Mapping[str, Sequence[Conversation]], num: int, max_answer_tokens: int, out: Path
 ) -> None:
-    """Answer `num` held-out questions of each language, picked by the sha256 of the whole dialogue."""
-    picked = [c for said in conversations.values() for c in sorted(said, key=lambda c: _mark(c.text))[:num]]
-    answers = chatbot.answer_many([_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens))
-    rows = [
+    """Judge every state of the road, each loaded once, and write heldout.json, samples.json and compression.json.
+
+    heldout.json: figures by state and language, and the change of each against the first state (the base), in percent.
+    samples.json: the answers of every state to the same `num_samples` questions of each language.
+    compression.json: how far each state's tokenizer goes on the held-out dialogues, where it changes.
+    """
+    picked = [c for said in conversations.values() for c in sorted(said, key=lambda c: _mark(c.text))[:num_samples]]
+    samples = [
         {
             "language": c.language,
             "prompt": [{"role": m.role, "content": _whole(m)} for m in c.messages[:-1]],
             "reference": c.messages[-1].content,
-            "answer": a.text,
+            "answers": {},
         }
-        for c, a in zip(picked, answers, strict=True)
+        for c in picked
     ]
-    write_json(out / "samples.json", rows)
+    heldout: list[dict[str, Any]] = []
+    compression: dict[str, dict[str, Any]] = {}
+    measured: set[str] = set()
+    for name, model, tokenizer in states:
+        say(f"held-out: {name}")
+        heldout.append(_figures(name, model, tokenizer, template, conversations, device, heldout[:1]))
+        if picked:
+            answers = Chatbot(model, tokenizer, template).answer_many(
+                [_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens)
+            )
+            for sample, answer in zip(samples, answers, strict=True):
+                sample["answers"][name] = answer.text
+        if tokenizer.fingerprint not in measured:
+            measured.add(tokenizer.fingerprint)
+            compression[name] = {language: _compression(tokenizer, said) for language, said in conversations.items()}
+    write_json(out / "heldout.json", heldout)
+    write_json(out / "samples.json", samples)
+    write_json(out / "compression.json", compression)
+
+
+def _figures(
+    name: str,
+    model: Any,
+    tokenizer: Tokenizer,
+    template: Template,
+    conversations: Mapping[str, Sequence[Conversation]],
+    device: torch.device,
+    first: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    state: dict[str, Any] = {"state": name}
+    for language, said in conversations.items():
+        figures = asdict(evaluate_conversations(model, tokenizer, template, said, device))
+        before = first[0][language]["bits_per_byte"] if first else figures["bits_per_byte"]
+        figures["change_percent"] = 100 * (figures["bits_per_byte"] / before - 1)
+        state[language] = figures
+    return state
+
+
+def _compression(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> dict[str, float]:
+    """Characters and UTF-8 bytes a token, over all that is said in the conversations."""
+    texts = [message.content for conversation in conversations for message in conversation.messages]
+    num_tokens = sum(map(len, tokenizer.encode_continuations(texts)))
+    return {
+        "chars_per_token": sum(map(len, texts)) / max(num_tokens, 1),
+        "bytes_per_token": sum(len(text.encode()) for text in texts) / max(num_tokens, 1),
+    }
 
 
 def answer_exact(

@@ -1,46 +1,229 @@
-"""Plots as inline SVG. Owns their look; does not know what they show."""
+"""Plots as inline SVG, drawn with the page's own colours so that they read in the light and in the dark.
+
+Owns scales, ticks and marks. Does not know what is plotted. A plot carries its title and its numbers in words for
+those who cannot see it, needs no script, and its text stays text.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-
-Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-
-
-def curves(series: Series, label: str) -> str:
-    """Lines over steps; few points are marked."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    axes = figure.subplots()
-    for name, (xs, ys) in series.items():
-        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 20 else None, markersize=3, linewidth=1.2)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(fontsize="small")
-    return _svg(figure)
+WIDTH, HEIGHT = 480, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 34
+# More steps than this are drawn as means of neighbours, with a band from the least to the greatest.
+MAX_POINTS = 300
+_LOG_FROM = 30.0
 
 
-def bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], label: str) -> str:
-    """Grouped bars with their values written above."""
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(len(groups), 1)
-    for number, (group, values) in enumerate(groups.items()):
-        places = [place + number * width for place in range(len(names))]
-        drawn = axes.bar(places, values, width, label=group)
-        axes.bar_label(drawn, fmt="%.2f", fontsize="small")
-    axes.set_xticks([place + width * (len(groups) - 1) / 2 for place in range(len(names))], names)
-    axes.set_ylabel(label)
-    axes.legend(fontsize="small")
-    return _svg(figure)
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A named series. `colour` is a CSS class of the page: new, old, train or plain; `marks` draws its points."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    colour: str = "plain"
+    marks: bool = False
 
 
-def _svg(figure: Figure) -> str:
-    written = io.StringIO()
-    figure.savefig(written, format="svg")
-    text = written.getvalue()
-    return text[text.index("<svg") :]
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One figure with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Numbers to places: linear, or by the logarithm where all are positive and far apart."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
+        at = math.log10(max(value, self.low)) if self.is_log else value
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def line_plot(title: str, lines: Sequence[Line], x_label: str = "step", *, may_be_log: bool = True) -> str:
+    """Lines over steps, each named in a legend; a value that is not finite is left out.
+
+    The scale is logarithmic where values lie far apart, unless `may_be_log` says no.
+    """
+    drawn = [_finite(line) for line in lines]
+    drawn = [line for line in drawn if line.xs]
+    if not drawn:
+        return ""
+    ys = [y for line in drawn for y in line.ys]
+    x = _Scale(*_spread([x for line in drawn for x in line.xs]), _LEFT, WIDTH - _RIGHT)
+    y = _y_scale(ys, may_be_log)
+    marks = [*_grid(x, y, x_label), *(part for line in drawn for part in _line_marks(line, x, y))]
+    told = "; ".join(
+        f"{line.name}: from {_short(line.ys[0])} to {_short(line.ys[-1])}, least {_short(min(line.ys))}, "
+        f"greatest {_short(max(line.ys))}"
+        for line in drawn
+    )
+    legend = _legend([(line.name, line.colour, line.marks) for line in drawn]) if len(drawn) > 1 else ""
+    return _figure(title, told, marks, legend)
+
+
+def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str, str, Sequence[Reading]]]) -> str:
+    """Figures with intervals at each state; a group is its name, its colour and one reading a state."""
+    spread = [bound for _, _, readings in groups for r in readings for bound in (r.low, r.high) if math.isfinite(bound)]
+    if not spread:
+        return ""
+    y = _Scale(0, max(spread) * 1.12 or 1, HEIGHT - _BOTTOM, _TOP)
+    step = (WIDTH - _LEFT - _RIGHT) / len(states)
+    places = [_LEFT + step * (number + 0.5) for number in range(len(states))]
+    marks = _y_grid(y, _ticks(0, y.high))
+    marks += [_text(place, HEIGHT - 14, state, "middle") for place, state in zip(places, states, strict=True)]
+    for number, (_, colour, readings) in enumerate(groups):
+        shift = (number - (len(groups) - 1) / 2) * 10
+        points = [(place + shift, y(r.value), r) for place, r in zip(places, readings, strict=True)]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
+        marks.append(f'<polyline class="stroke thin {colour}" points="{path}"/>')
+        for place, (px, py, reading) in enumerate(points):
+            marks.append(
+                f'<line class="stroke {colour}" x1="{px:.1f}" x2="{px:.1f}" '
+                f'y1="{y(reading.low):.1f}" y2="{y(reading.high):.1f}"/>'
+                f'<circle class="fill {colour}" cx="{px:.1f}" cy="{py:.1f}" r="4"/>'
+            )
+            others = [other[place].value for _, _, other in groups]
+            below = len(others) > 1 and reading.value == min(others) and reading.value != max(others)
+            marks.append(_text(px, py + (17 if below else -9), _short(reading.value), "middle", f"value {colour}"))
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{state} {_short(r.value)}" for state, r in zip(states, readings, strict=True))
+        for name, _, readings in groups
+    )
+    return _figure(title, told, marks, _legend([(name, colour, True) for name, colour, _ in groups]))
+
+
+def bars_plot(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
+    """Horizontal bars with their values: name, colour, value."""
+    greatest = max((value for _, _, value in bars), default=0) or 1
+    height = 30 * len(bars) + 8
+    marks = []
+    for number, (name, colour, value) in enumerate(bars):
+        top = 8 + 30 * number
+        width = max(1.0, (WIDTH - 250) * value / greatest)
+        marks.append(_text(180, top + 14, name, "end"))
+        marks.append(f'<rect class="fill {colour}" x="190" y="{top}" width="{width:.1f}" height="20" rx="3"/>')
+        marks.append(_text(196 + width, top + 15, _short(value), "start", "value"))
+    told = "; ".join(f"{name}: {_short(value)}" for name, _, value in bars)
+    return _figure(title, told, marks, "", height)
+
+
+def _figure(title: str, told: str, marks: Sequence[str], legend: str, height: float = HEIGHT) -> str:
+    title, told = html.escape(title), html.escape(told)
+    return (
+        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{title}. {told}">{"".join(marks)}</svg>{legend}</figure>'
+    )
+
+
+def _legend(entries: Sequence[tuple[str, str, bool]]) -> str:
+    keys = "".join(
+        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><line class="stroke {colour}" x1="1" x2="25" y1="5" y2="5"/>'
+        + (f'<circle class="fill {colour}" cx="13" cy="5" r="4"/>' if has_marks else "")
+        + f"</svg>{html.escape(name)}</li>"
+        for name, colour, has_marks in entries
+    )
+    return f'<ul class="legend">{keys}</ul>'
+
+
+def _finite(line: Line) -> Line:
+    pairs = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if isinstance(y, int | float) and math.isfinite(y)]
+    return Line(line.name, [x for x, _ in pairs], [y for _, y in pairs], line.colour, line.marks)
+
+
+def _line_marks(line: Line, x: _Scale, y: _Scale) -> list[str]:
+    size = math.ceil(len(line.xs) / MAX_POINTS)
+    groups = [slice(start, start + size) for start in range(0, len(line.xs), size)]
+    xs = [sum(line.xs[group]) / len(line.xs[group]) for group in groups]
+    means = [sum(line.ys[group]) / len(line.ys[group]) for group in groups]
+    marks = []
+    if size > 1:
+        upper = [f"{x(at):.1f},{y(max(line.ys[group])):.1f}" for at, group in zip(xs, groups, strict=True)]
+        lower = [f"{x(at):.1f},{y(min(line.ys[group])):.1f}" for at, group in zip(xs, groups, strict=True)]
+        marks.append(f'<polygon class="band {line.colour}" points="{" ".join(upper + lower[::-1])}"/>')
+    path = " ".join(f"{x(at):.1f},{y(mean):.1f}" for at, mean in zip(xs, means, strict=True))
+    marks.append(f'<polyline class="stroke {line.colour}" points="{path}"/>')
+    if line.marks or len(xs) == 1:
+        marks += [
+            f'<circle class="fill {line.colour}" cx="{x(at):.1f}" cy="{y(mean):.1f}" r="3.5"/>'
+            for at, mean in zip(xs, means, strict=True)
+        ]
+    return marks
+
+
+def _y_scale(ys: Sequence[float], may_be_log: bool) -> _Scale:
+    low, high = min(ys), max(ys)
+    if may_be_log and low > 0 and high / low > _LOG_FROM:
+        return _Scale(
+            10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), HEIGHT - _BOTTOM, _TOP, is_log=True
+        )
+    if 0 < low < high / 2:
+        low = 0.0
+    low, high = _spread([low, high])
+    ticks = _ticks(low, high)
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
+    return _Scale(math.floor(low / step) * step, math.ceil(high / step) * step, HEIGHT - _BOTTOM, _TOP)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Least and greatest, never equal."""
+    low, high = min(values), max(values)
+    if low == high:
+        return low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+    return low, high
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    first = math.ceil(low / step)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _grid(x: _Scale, y: _Scale, x_label: str) -> list[str]:
+    y_ticks = _powers(y.low, y.high) if y.is_log else _ticks(y.low, y.high)
+    x_ticks = [tick for tick in _ticks(x.low, x.high) if tick == int(tick)] or [x.low]
+    marks = _y_grid(y, y_ticks)
+    marks += [_text(x(tick), HEIGHT - 18, f"{tick:,.0f}", "middle") for tick in x_ticks]
+    return [*marks, _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 3, x_label, "middle")]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    first, last = round(math.log10(low)), round(math.log10(high))
+    return [10.0**power for power in range(first, last + 1, max(1, (last - first) // 5))]
+
+
+def _y_grid(y: _Scale, ticks: Sequence[float]) -> list[str]:
+    return [
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        + _text(_LEFT - 6, y(tick) + 4, _short(tick), "end")
+        for tick in ticks
+    ]
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "") -> str:
+    return f'<text class="{colour}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _short(value: float) -> str:
+    """A number as short as reading off a plot needs."""
+    if value and (abs(value) < 0.001 or abs(value) >= 1e6):
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,175 +1,217 @@
-"""The report of a run: one self-contained HTML file a person can read.
+"""The report of a run: one self-contained HTML file a person enjoys reading.
 
-Owns the page. Reads only what the run's folder holds, and says "not measured" where it holds nothing. Does not measure.
+Owns the page's order, its summary and the picture of the road. Reads only what the run's folder holds, and says "not
+measured" where it holds nothing. Does not measure. Last step of the road.
 """
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graftlm.release.plots import bars, curves
-from graftlm.run import read_json, read_metrics
+from graftlm.release.page import card, chapter, duration, facts, folded, number, page, percent, safe
+from graftlm.release.record import RunRecord, read_run
+from graftlm.release.report_parts import data_chapter, graft_chapter, grow_chapter, stage_chapters
+from graftlm.release.report_results import exact_chapter, heldout_chapter, samples_chapter
+from graftlm.run import disk_errors
 
-STYLE = """
-:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:auto;padding:1rem}
-h2{margin-top:2.5rem;border-bottom:1px solid #8884}table{border-collapse:collapse;display:block;overflow-x:auto}
-td,th{padding:.25rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid #8883}
-svg{max-width:100%;height:auto;background:#fff;border-radius:6px}.qa{border-left:3px solid #888;padding-left:.8rem;margin:1rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
-.good{color:#2a8a3e}.bad{color:#c0392b}code,pre{background:#8882;padding:.1rem .3rem;border-radius:4px;overflow-x:auto}
-"""
+# A rise of the old language beyond this is called forgetting.
+FORGETTING_PERCENT = 10.0
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html into the run's `-report` folder; returns its path."""
-    report = next(path for path in sorted(folder.glob("*-report")) if path.is_dir())
-    heldout = next(path for path in sorted(folder.glob("*-heldout")) if path.is_dir())
-    recipe = read_json(folder / "recipe.json")
-    parts = [
-        f"<h1>{_safe(recipe['recipe']['name'])}</h1><p>What was done, what was proved, and how well it answers.</p>",
-        _questions(_read(report / "questions.json")),
-        _heldout(_read(heldout / "heldout.json")),
-        _samples(_read(report / "samples.json")),
-        _graft(_read(folder / "1-tokenizer" / "graft.json")),
-        _grow(_read(folder / "2-base" / "grow.json")),
-        _data(_read(folder / "3-data" / "data.json")),
-        *(_stage(path.parent.name, read_metrics(path)) for path in sorted(folder.glob("*/metrics.jsonl"))),
-        _steps(folder),
-        f"<h2>Recipe and versions</h2><details><summary>show</summary><pre>"
-        f"{_safe(json.dumps(recipe, ensure_ascii=False, indent=1))}</pre></details>",
-    ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>GraftLM report: {_safe(recipe['recipe']['name'])}</title><style>{STYLE}</style><body>{''.join(parts)}"
-    )
-    path = report / "report.html"
-    path.write_text(page, encoding="utf-8")
+    """Write report.html into the run's `-report` folder; returns its path. Raises UserError, DiskError."""
+    path = next(path for path in sorted(folder.glob("[0-9]*-report")) if path.is_dir()) / "report.html"
+    with disk_errors(path.parent):
+        path.write_text(report_page(read_run(folder)), encoding="utf-8")
     return path
 
 
-def _read(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+def report_page(run: RunRecord) -> str:
+    """The page of a run."""
+    chapters = [
+        ("road", "The road", _road(run)),
+        ("heldout", "Held-out figures", heldout_chapter(run)),
+        ("questions", "Questions with one right answer", exact_chapter(run)),
+        ("samples", "Samples after each step", samples_chapter(run)),
+        ("tokenizer", "Tokenizer graft", graft_chapter(run)),
+        ("base", "Grown base", grow_chapter(run)),
+        ("data", "Data", data_chapter(run)),
+        ("training", "Training", stage_chapters(run)),
+        ("recipe", "Recipe and versions", _recipe(run)),
+    ]
+    links = "".join(f'<a href="#{mark}">{safe(title)}</a>' for mark, title, _ in chapters)
+    name = run.recipe["name"]
+    body = (
+        f'<header><p class="soft">GraftLM, report of a run</p><h1>{safe(name)}</h1>{_summary(run)}</header>'
+        f'<nav aria-label="Chapters">{links}</nav><main>'
+        + "".join(chapter(mark, title, told) if told else chapter(mark, title) for mark, title, told in chapters)
+        + "</main><footer>Written by graftlm. Held-out rows were never trained on. Every figure stands in "
+        "full in the JSON files beside this page and in the steps' folders.</footer>"
+    )
+    return page(f"{name}: GraftLM report", body)
 
 
-def _safe(value: Any) -> str:
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+def _summary(run: RunRecord) -> str:
+    told = "".join(f"<p>{line}</p>" for line in _sentences(run))
+    cards = "".join(_cards(run))
+    notes = "".join(f'<p class="note">{safe(note)}</p>' for note in _notes(run))
+    return f'{told}<div class="cards">{cards}</div>{notes}'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["".join(f"<td>{_safe(cell)}</td>" for cell in row) for row in rows]
-    titles = "".join(f"<th>{_safe(title)}</th>" for title in head)
-    return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def _sentences(run: RunRecord) -> list[str]:
+    base = run.recipe["base"].get("model") or "a small base made from nothing"
+    lines = [f"A new language was grafted onto <b>{safe(Path(base).name if '/' in base else base)}</b>: "]
+    graft, grow = run.graft, run.grow
+    if graft:
+        lines[0] += (
+            f"<b>{safe(graft['num_new'])}</b> pieces ({safe(run.scripts)}) joined its {safe(graft['num_old'])}, "
+            "then it was trained on dialogues in "
+        )
+    else:
+        lines[0] += "its own tokenizer was kept, and it was trained on dialogues in "
+    num = len(run.recipe["stages"])
+    lines[0] += f"{num} stage{'s' if num > 1 else ''}."
+    if graft and grow:
+        is_proved = not any(graft.get(key) for key in ("expand_violations", "engine_disagreements")) and grow.get(
+            "old_logits_identical"
+        )
+        lines.append(
+            '<span class="ok">Proved:</span> text of the old language is read as before, and before training the grown '
+            "model says the same about it, bit for bit."
+            if is_proved
+            else '<span class="bad">Not proved:</span> see the chapters on tokenizer and base for what differs.'
+        )
+    return lines
 
 
-def _fields(values: Mapping[str, Any]) -> str:
-    return _table(("", ""), [(key.replace("_", " "), _short(value)) for key, value in values.items()])
+def _cards(run: RunRecord) -> list[str]:
+    cards = []
+    if run.questions and run.questions["num_learnable"]:
+        exact, asked = run.questions["num_exact_learnable"], run.questions["num_learnable"]
+        cards.append(
+            card(
+                "Exactly right",
+                f"{100 * exact / asked:.0f} %",
+                f"{exact:,} of {asked:,} held-out questions, word for word",
+            )
+        )
+    for language in run.languages:
+        first, last = run.heldout[0][language], run.heldout[-1][language]
+        low, high = last["interval"]
+        cards.append(
+            card(
+                f"{language.capitalize()} language, bits per byte",
+                f"{first['bits_per_byte']:.3g} → {last['bits_per_byte']:.3g}",
+                f"{percent(last['change_percent'])} against the base; 95 % interval {low:.3g} to {high:.3g}; "
+                "lower is better",
+            )
+        )
+    cards += _compression_card(run)
+    if run.graft:
+        changed = run.graft["expand_violations"]
+        cards.append(
+            card("Texts read differently", f"{changed:,}", f"of {run.graft['num_texts_checked']:,} tried, old and new")
+        )
+    if run.grow:
+        cards.append(
+            card(
+                "Largest change of an old logit",
+                number(float(run.grow["max_old_logit_difference"])),
+                f"by growing, through the whole head in {run.grow['dtype']}",
+            )
+        )
+    seconds = sum(done["seconds"] for done in run.done.values())
+    peak_bytes = max((done.get("peak_memory_bytes", 0) for done in run.done.values()), default=0)
+    told = f"at most {peak_bytes / 2**30:.2f} GiB of memory in training" if peak_bytes else "memory not measured"
+    cards.append(card("Time of all steps", duration(seconds), told))
+    return cards
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_short(one)}" for key, one in value.items()) or "none"
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _compression_card(run: RunRecord) -> list[str]:
+    states = list(run.compression.values())
+    if len(states) < 2 or "new" not in states[0]:
+        return []
+    before, after = states[0]["new"]["chars_per_token"], states[-1]["new"]["chars_per_token"]
+    told = f"{before:.3g} → {after:.3g} characters a token on held-out dialogues of the new language"
+    return [card("Fewer tokens", f"{after / before:.2g} ×", told)]
 
 
-def _missing(title: str) -> str:
-    return f"<h2>{title}</h2><p>Not measured.</p>"
+def _notes(run: RunRecord) -> list[str]:
+    """What a reader should not miss."""
+    notes = [f"{stage.name}: {note}" for stage in run.stages for note in stage.notes]
+    for stage in run.stages:
+        skipped = sum(bool(step["skipped"]) for step in stage.steps)
+        if skipped:
+            notes.append(f"{stage.name}: {skipped:,} of {len(stage.steps):,} steps were skipped: not finite gradients.")
+    if "old" in run.languages and run.heldout[-1]["old"]["change_percent"] > FORGETTING_PERCENT:
+        rise = run.heldout[-1]["old"]["change_percent"]
+        notes.append(
+            f"The old language got {rise:.1f} % worse: part of it was forgotten. A share of old-language rows in "
+            "data.sources (language: old) or a lower peak_lr helps."
+        )
+    return notes
 
 
-def _questions(found: dict[str, Any] | None) -> str:
-    if not found:
+_TITLES = {
+    "0-scratch": "Base from nothing", "1-tokenizer": "Tokenizer", "2-base": "Grown base", "3-data": "Data",
+}  # fmt: skip
+
+
+def _road(run: RunRecord) -> str:
+    stops = "".join(
+        f"<li><b>{safe(_title(name))}</b><span>{safe(_fact(run, name, done))}</span>"
+        f'<span class="time">{duration(done["seconds"])}</span></li>'
+        for name, done in run.done.items()
+    )
+    if not stops:
         return ""
-    asked, exact = found["num_learnable"], found["num_exact_learnable"]
-    share = f" ({exact / asked:.0%})" if asked else ""
-    shown = "".join(_dialogue(row["messages"], row["answer"], row["is_exact"]) for row in found["shown"])
-    kinds = [(name, k["asked"], k["exact"], "yes" if k["learnable"] else "no") for name, k in found["kinds"].items()]
+    return f'<ol class="road">{stops}</ol>{_shares(run.done)}'
+
+
+def _shares(done: dict[str, dict[str, Any]]) -> str:
+    """Where the time went: one bar, a part a step."""
+    total = sum(mark["seconds"] for mark in done.values()) or 1
+    colours = ("plain", "new", "old", "train")
+    parts, at, told = [], 0.0, []
+    for place, (name, mark) in enumerate(done.items()):
+        width = 480 * mark["seconds"] / total
+        told.append(f"{_title(name)} {100 * mark['seconds'] / total:.0f} %")
+        parts.append(
+            f'<rect class="fill {colours[place % len(colours)]}" x="{at:.2f}" y="0" '
+            f'width="{max(width - 1, 0.3):.2f}" height="14"/>'
+        )
+        at += width
+    label = safe("Share of the time: " + ", ".join(told))
     return (
-        f"<h2>Questions with one right answer</h2><p><b>{exact} of {asked}{share}</b> held-out questions of the learnable "
-        f"kinds are answered exactly; of all kinds {found['num_exact']} of {found['num_asked']}. Shown: "
-        f"{_safe(found['rule'])}</p>{shown}{_table(('kind', 'asked', 'exact', 'learnable at this size'), kinds)}"
+        f'<figure class="shares"><svg viewBox="0 0 480 14" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}">{"".join(parts)}</svg><p class="soft">{label}.</p></figure>'
     )
 
 
-def _dialogue(messages: Sequence[Mapping[str, str]], answer: str, is_exact: bool | None) -> str:
-    lines = [f"<b>{_safe(m['role'])}</b> {_safe(m['content'])}" for m in messages[:-1]]
-    mark = {True: ' <span class="good">exact</span>', False: ' <span class="bad">not exact</span>', None: ""}[is_exact]
-    lines.append(f"<b>model</b> {_safe(answer)}{mark}")
-    if not is_exact:
-        lines.append(f"<i>expected</i> {_safe(messages[-1]['content'])}")
-    return f'<div class="qa">{chr(10).join(lines)}</div>'
+def _title(name: str) -> str:
+    rest = name.split("-", 1)[1]
+    return _TITLES.get(name) or {"model": "Model", "heldout": "Judged", "report": "Report"}.get(rest, f"Stage {rest}")
 
 
-def _heldout(found: list[dict[str, Any]] | None) -> str:
-    if not found:
-        return _missing("Held-out figures")
-    languages = [key for key in found[0] if key != "state"]
-    rows = [
-        (s["state"], language, s[language]["bits_per_byte"], "{:.4g} to {:.4g}".format(*s[language]["interval"]),
-         s[language]["loss_per_answer_token"], f"{s[language]['change_percent']:+.1f} %", s[language]["num_rows"])
-        for language in languages for s in found
-    ]  # fmt: skip
-    plot = bars(
-        [s["state"] for s in found], {k: [s[k]["bits_per_byte"] for s in found] for k in languages}, "bits per byte"
-    )
-    head = ("state", "language", "bits per byte", "95 % interval", "nats per answer token", "against the base", "rows")
-    return (
-        "<h2>Held-out figures</h2><p>Bits per byte of the held-out answers, lower is better; they compare across "
-        f"tokenizers. “old” is the base's language: a rise there is forgetting.</p>{plot}{_table(head, rows)}"
-    )
+def _fact(run: RunRecord, name: str, done: dict[str, Any]) -> str:
+    """The one thing worth knowing about a step."""
+    if name == "1-tokenizer":
+        return f"{run.graft['num_new']:,} new pieces" if run.graft else "the base's own"
+    if name == "2-base" and run.grow:
+        return f"{run.grow['num_rows_new']:,} rows"
+    if name == "3-data" and run.data:
+        return f"{run.data['rows_kept']:,} rows to learn from"
+    if "num_steps" in done:
+        return f"{done['num_steps']:,} steps"
+    if "max_logit_difference" in done:
+        return f"re-loaded: logits within {done['max_logit_difference']:.2g}"
+    return f"{len(run.heldout)} states" if name.endswith("-heldout") else ""
 
 
-def _samples(found: list[dict[str, Any]] | None) -> str:
-    if not found:
-        return ""
-    said = [_dialogue([*s["prompt"], {"role": "", "content": s["reference"]}], s["answer"], None) for s in found]
-    return "<h2>Samples</h2><p>Held-out prompts, picked by a hash.</p>" + "".join(said)
-
-
-def _graft(found: dict[str, Any] | None) -> str:
-    if not found:
-        return "<h2>Tokenizer</h2><p>The base's own tokenizer was kept.</p>"
-    clean = not any(found[k] for k in ("expand_violations", "engine_disagreements", "roundtrip_failures"))
-    told = "Proved: on every text tried, expanding new pieces gives the base's own encoding." if clean else "Not exact."
-    return f"<h2>Tokenizer graft</h2><p>{told}</p>{_fields(found)}"
-
-
-def _grow(found: dict[str, Any] | None) -> str:
-    return f"<h2>Grown base</h2>{_fields(found)}" if found else _missing("Grown base")
-
-
-def _data(found: dict[str, Any] | None) -> str:
-    return f"<h2>Data</h2>{_fields(found)}" if found else _missing("Data")
-
-
-def _stage(name: str, lines: list[dict[str, Any]]) -> str:
-    steps = [line for line in lines if line["event"] == "step"]
-    held = [line for line in lines if line["event"] == "heldout"]
-    if not steps:
-        return _missing(f"Stage {_safe(name)}")
-    xs = [s["step"] for s in steps]
-    series = {"training loss": (xs, [s["loss"] for s in steps])}
-    for language in ("new", "old"):
-        points = [(h["step"], h[language]["loss_per_answer_token"]) for h in held if language in h]
-        if points:
-            series[f"held-out {language}"] = ([p[0] for p in points], [p[1] for p in points])
-    seconds = sum(s["seconds"] for s in steps)
-    facts = {
-        "steps": len(steps), "skipped": sum(s["skipped"] for s in steps), "seconds": seconds,
-        "tokens per second": sum(s["num_tokens"] for s in steps) / max(seconds, 1e-9),
-        "first loss": steps[0]["loss"], "last loss": steps[-1]["loss"],
-    }  # fmt: skip
-    norms = curves({"gradient norm": (xs, [s["grad_norm"] for s in steps])}, "gradient norm before clipping")
-    rates = curves({"learning rate": (xs, [s["lr"] for s in steps])}, "learning rate")
-    scales = ""
-    if len({s["loss_scale"] for s in steps}) > 1 or facts["skipped"]:
-        scales = curves({"loss scale": (xs, [s["loss_scale"] for s in steps])}, "loss scale")
-    return f"<h2>Stage {_safe(name)}</h2>{curves(series, 'nats per token')}{norms}{rates}{scales}{_fields(facts)}"
-
-
-def _steps(folder: Path) -> str:
-    rows = [(p.parent.name, read_json(p)["seconds"]) for p in sorted(folder.glob("*/done.json"))]
-    return f"<h2>Time</h2>{_table(('step', 'seconds'), rows)}"
+def _recipe(run: RunRecord) -> str:
+    text = json.dumps(run.recipe, ensure_ascii=False, indent=1)
+    versions: Sequence[tuple[str, Any]] = list(run.versions.items())
+    return folded("The whole recipe", f'<pre tabindex="0">{safe(text)}</pre>') + facts(versions)
