@@ -11,8 +11,10 @@ import math
 import os
 import random
 import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,10 +59,25 @@ def use_all_cores() -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process (CPU) or its allocator on the GPU has held so far."""
+    """The most memory held since `forget_peak_memory`: by torch on a GPU, by this whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin to measure anew, where the system lets a process do so (Linux, CUDA); elsewhere the peak is that of all."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        # Source: proc(5), clear_refs: 5 resets the peak resident set size.
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def seed_everything(seed: int) -> None:
@@ -166,7 +183,7 @@ class Precision:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context in which the forward pass runs."""
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype not in (torch.bfloat16, torch.float16):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,7 @@ from graftlm.errors import DiskError, UserError
 T = TypeVar("T")
 
 DONE = "done.json"
+SECONDS_BETWEEN_LINES = 10
 RECIPE, LOCK = "recipe.json", ".lock"
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
@@ -34,21 +36,68 @@ def say(text: str) -> None:
 
 
 def progress(items: Iterable[T], total: int | None, label: str) -> Iterator[T]:
-    """Yield `items` while showing a bar with time left on stderr, or a plain line every 10 s without a terminal."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
+    """Yield `items` while their progress is shown."""
+    with ProgressShown(label, total) as shown:
+        for count, item in enumerate(items, start=1):
+            yield item
+            shown.reach(count)
 
-        yield from track(items, description=label, total=total, console=Console(stderr=True))
-        return
-    started = last_told = time.monotonic()
-    for count, item in enumerate(items, start=1):
-        yield item
+
+class ProgressShown:
+    """Progress with time left: a bar in a terminal, gone when it is full, or a plain line every 10 s elsewhere.
+
+    `first` is what was done before, in an earlier process: time left is judged by what this one did.
+    """
+
+    def __init__(self, label: str, total: int | None, first: int = 0) -> None:
+        self.label, self.total, self.first = label, total, first
+        self._started = self._last_told = time.monotonic()
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._task = _bars().add_task(self.label, total=self.total, completed=self.first, note="")
+            _bars().start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            _bars().remove_task(self._task)
+            if not _bars().tasks:
+                _bars().stop()
+
+    def reach(self, count: int, note: str = "") -> None:
+        """Show that `count` are done, with a few words on how it goes."""
+        if self._task is not None:
+            _bars().update(self._task, completed=count, note=note)
+            return
         now = time.monotonic()
-        if now - last_told >= 10:
-            last_told = now
-            left = "" if not total else f", {(now - started) / count * (total - count):.0f} s left"
-            say(f"{label}: {count}{f'/{total}' if total else ''}{left}")
+        if now - self._last_told < SECONDS_BETWEEN_LINES:
+            return
+        self._last_told = now
+        told = [f"{self.label}: {count}{f'/{self.total}' if self.total else ''}", note]
+        if self.total and count > self.first:
+            left = (now - self._started) / (count - self.first) * (self.total - count)
+            told.append(f"{duration(left)} left")
+        say(", ".join(filter(None, told)))
+
+
+@functools.cache
+def _bars() -> Any:
+    """The process's one live display: a bar shown while another is (held-out rows in training) stands below it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 12 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from graftlm.errors import DiskError, Interrupted, NumericalStop, UserError
 from graftlm.model.causal import load_causal, save_causal
 from graftlm.recipe import Lora
 from graftlm.run import read_metrics
+from graftlm.training import best as best_module
 from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import stage as stage_module
 from graftlm.training.stage import StageRun, apply_stage
@@ -200,7 +202,7 @@ def test_killed_for_good_it_continues(tmp_path, stage_run):
     for kill_at in (20, 60):
         child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.DEVNULL)
         while child.poll() is None and not (metrics.exists() and max(steps_of(tmp_path / "cut"), default=0) >= kill_at):
-            pass
+            time.sleep(0.005)
         assert child.poll() is None, "it ended before it could be killed"
         child.kill()
         child.wait()
@@ -267,14 +269,14 @@ def test_gradient_checkpointing_changes_no_gradient(stage_run, trains):
 def with_readings(monkeypatch, readings):
     """Let held-out readings be these, one after another."""
     left = iter(readings)
-    real = stage_module.heldout_losses
+    real = best_module.heldout_losses
 
     def read(*args, **keys):
         losses = real(*args, **keys)
         losses.nats[:] = next(left)
         return losses
 
-    monkeypatch.setattr(stage_module, "heldout_losses", read)
+    monkeypatch.setattr(best_module, "heldout_losses", read)
 
 
 def test_the_best_weights_are_kept_and_training_stops_early(stage_run, tmp_path, monkeypatch):
@@ -342,5 +344,38 @@ def test_weights_of_another_shape_are_refused(stage_run, tmp_path):
         apply_stage(tiny_model(), make_stage(FULL), tmp_path / "stage", FIRST_NEW_ID)
 
 
-def test_memory_is_read(stage_run):
-    assert stage_run(make_stage(FULL)).peak_memory_bytes() > 50 * 2**20
+def test_a_stage_tells_what_it_took(stage_run, tmp_path):
+    """Tokens and seconds of every process that took part; memory of this stage, not of what went before."""
+    run = stage_run(make_stage(FULL, keep="best", precision="bf16"))
+    run.run()
+    facts = run.facts()
+    lines = [line for line in read_metrics(tmp_path / "stage" / "metrics.jsonl") if line["event"] == "step"]
+    assert facts["num_steps"] == facts["num_updates"] == len(lines) == 6
+    assert facts["num_tokens"] == sum(line["num_tokens"] for line in lines)
+    seconds = sum(line["seconds"] for line in lines)
+    assert facts["tokens_per_second"] == pytest.approx(facts["num_tokens"] / seconds, rel=0.1)
+    assert facts["peak_memory_bytes"] > 50 * 2**20
+    assert facts["num_learning_parameters"] == sum(p.numel() for p in tiny_model().parameters())
+    assert (facts["precision"], facts["device"]) == ("bf16", "cpu")
+    assert facts["kept_step"] in (2, 4, 6)
+
+
+def test_out_of_memory_is_told_and_less_memory_goes_on(stage_run, monkeypatch):
+    """Two lines; micro_batch_tokens and gradient_checkpointing may change in the middle of a stage."""
+    stage = make_stage(FULL)
+    whole = finish(stage_run(stage, "whole")).state_dict()
+    run = stage_run(stage)
+    record = run._record
+
+    def out_of_memory(step_record):
+        record(step_record)
+        if step_record.step == 3:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB\nmore")
+
+    monkeypatch.setattr(run, "_record", out_of_memory)
+    with pytest.raises(UserError, match=r"out of memory after step 3: tried to allocate 20 GiB\n") as error:
+        run.run()
+    assert "micro_batch_tokens (now 24)" in error.value.fix
+    smaller = stage.model_copy(update={"micro_batch_tokens": 12, "gradient_checkpointing": True})
+    found = finish(stage_run(smaller)).state_dict()
+    assert all(torch.allclose(whole[name], tensor, rtol=1e-3, atol=1e-5) for name, tensor in found.items())

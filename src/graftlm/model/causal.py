@@ -34,7 +34,7 @@ from graftlm.run import say
 
 __all__ = [
     "body_of", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied", "load_causal",
-    "model_fingerprint", "new_causal", "parameter_count", "plain_model", "save_causal",
+    "model_fingerprint", "new_causal", "parameter_count", "plain_model", "recompute_activations", "save_causal",
 ]  # fmt: skip
 
 # Pre-norm decoders with RMSNorm whose logits are exactly hidden @ head.T: no soft cap, no scale after it.
@@ -150,6 +150,8 @@ def save_causal(
     assert not hasattr(model, "peft_config"), "merge the adapter before saving a plain model"
     assert not any("parametrizations" in name for name, _ in model.named_parameters()), "join the rows first"
 
+    transformers_logging.disable_progress_bar()
+
     def write(scratch: Path) -> None:
         with _weights_as(model, dtype or model.dtype):
             model.save_pretrained(scratch, max_shard_size=max_shard)
@@ -189,6 +191,17 @@ def body_of(model: nn.Module) -> nn.Module:
 def head_weight(model: nn.Module) -> Tensor:
     """The output head's matrix VH, tied to the input embedding or not: logits are hidden @ head.T."""
     return plain_model(model).get_output_embeddings().weight
+
+
+def recompute_activations(model: nn.Module, is_on: bool) -> None:
+    """Let backward compute each layer's activations again (`is_on`) instead of holding them: less memory, more time."""
+    body: Any = body_of(model)
+    # Later releases of transformers warn of the name earlier ones know it by.
+    name = "activation" if hasattr(body, "activation_checkpointing_enable") else "gradient"
+    if is_on:
+        getattr(body, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(body, f"{name}_checkpointing_disable")()
 
 
 def is_tied(model: nn.Module) -> bool:

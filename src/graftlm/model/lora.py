@@ -65,7 +65,8 @@ def attach_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks by a name of yesterday
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():

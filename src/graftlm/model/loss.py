@@ -96,8 +96,7 @@ def linear_cross_entropy_sum(
     Matrix products run in `compute_dtype`, soft-max and sum in float32 or wider. Backward may be called once.
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        loss = _LinearCrossEntropySum.apply(hidden_NH, weight_VH, targets_N, compute_dtype, expected_grad)
-    return loss
+        return _LinearCrossEntropySum.apply(hidden_NH, weight_VH, targets_N, compute_dtype, expected_grad)
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """Optimizer and schedule.
 
-Owns parameter groups by role (adapter, body, old rows, new rows; each split by whether it decays), AdamW and
-the learning rate's shape. Does not know the loop or what the parameters mean.
+Owns parameter groups by role (adapter, body, old rows, new rows; each split by whether it decays), AdamW, its state
+as named tensors, and the learning rate's shape. Does not know the loop or what the parameters mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import Parameter
@@ -56,3 +56,23 @@ def learning_rate_shape(stage: Stage, num_steps: int) -> Callable[[int], float]:
         return 1.0 - share if stage.schedule == "linear" else 1.0
 
     return factor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, torch.Tensor]:
+    """The optimizer's state for a checkpoint: `NAME|KEY` to its tensor, for the named `parameters` it holds."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        f"{names[id(parameter)]}|{key}": value.detach().cpu()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    for joined, value in tensors.items():
+        name, _, key = joined.rpartition("|")
+        # AdamW keeps its step count where its kernel wants it; moments lie beside their parameter.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

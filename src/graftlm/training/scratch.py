@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,10 @@ from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokeniz
 from graftlm.training.stage import StageRun
 
 
-def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.device) -> dict[str, int]:
+def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.device) -> dict[str, Any]:
     """Learn a tokenizer, pre-train a model, and save both in `folder`/model; continued when interrupted.
 
-    Returns `num_pieces` and `num_steps`. Raises UserError, NumericalStop, DiskError, Interrupted.
+    Returns `num_pieces` and the facts of its training. Raises UserError, NumericalStop, DiskError, Interrupted.
     """
     texts = [read_plain(path) for path in scratch.text]
     train_base_tokenizer(texts, scratch.num_pieces, folder / "tokenizer")
@@ -43,8 +44,9 @@ def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.
     heldout = {"old": _rows_of(scratch.heldout, tokenizer, scratch.row_tokens)} if scratch.heldout else {}
     run = StageRun(model, scratch.training, rows, heldout, folder, device, first_new_id=None)
     run.run()
-    save_causal(run.finished_model().cpu(), folder / "model", also=tokenizer.save)
-    return {"num_pieces": tokenizer.num_pieces, "num_steps": run.step}
+    facts = run.facts()
+    save_causal(run.finished_model(), folder / "model", also=tokenizer.save)
+    return {"num_pieces": tokenizer.num_pieces, **facts}
 
 
 def read_plain(path: str | Path) -> str:

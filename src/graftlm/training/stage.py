@@ -121,8 +121,6 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
-            # Dropout draws anew for every token: a prefix run once would drop alike in all rows.
-            shares_prefix=getattr(stage.trains, "dropout", 0.0) == 0.0,
         )
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
@@ -182,8 +180,8 @@ class StageRun:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.stage.name}: out of memory after step {self.step}: {str(error).splitlines()[0]}",
-                f"Lower micro_batch_tokens (now {self.stage.micro_batch_tokens:,}) or set gradient_checkpointing: true; "
-                "both may be changed now, the run goes on from its last checkpoint.",
+                f"Lower micro_batch_tokens (now {self.stage.micro_batch_tokens}) or set gradient_checkpointing: true; "
+                "neither starts the stage anew: it goes on from its last checkpoint.",
             ) from None
         finally:
             for number, handler in previous.items():
