@@ -20,7 +20,7 @@ from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import expand_model
 from graftlm.recipe import Lora, Recipe
 from graftlm.release.export import Manifest, export_adapter, export_model
-from graftlm.release.judge import answer_exact, answer_samples, judge_states
+from graftlm.release.judge import answer_exact, judge_states
 from graftlm.release.report import write_report
 from graftlm.step import Step
 from graftlm.talk.generate import load_chatbot
@@ -178,17 +178,19 @@ class Road:
                 )
 
     def judge(self, step: Step) -> Facts:
-        """Held-out figures at every stop of the road."""
-        judge_states(self._states(), self._heldout_conversations(), self._template, self.device, step.folder)
+        """Held-out figures and samples at every stop of the road."""
+        section = self.recipe.report
+        judge_states(
+            self._states(), self._heldout_conversations(), self._template, self.device,
+            section.num_samples, section.max_answer_tokens, step.folder,
+        )  # fmt: skip
         return {}
 
     def report(self, step: Step) -> Facts:
-        """Samples, questions and the page."""
+        """Questions with one right answer, and the page."""
         section = self.recipe.report
-        conversations = self._heldout_conversations()
-        chatbot = load_chatbot(self.model_folder, self.recipe.device)
-        answer_samples(chatbot, conversations, section.num_samples, section.max_answer_tokens, step.folder)
         if section.exact_questions:
+            chatbot = load_chatbot(self.model_folder, self.recipe.device)
             answer_exact(
                 chatbot, section.exact_questions, section.questions_shown, section.max_answer_tokens, step.folder
             )

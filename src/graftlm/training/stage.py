@@ -121,6 +121,8 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
+            # Dropout draws anew for every token: a prefix run once would drop alike in all rows.
+            shares_prefix=getattr(stage.trains, "dropout", 0.0) == 0.0,
         )
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
