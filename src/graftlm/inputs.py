@@ -11,7 +11,7 @@ from graftlm.errors import UserError
 from graftlm.recipe import Recipe, looks_like_hub_id
 
 # Values of tokenizer.common_characters that are no file.
-NAMED_CHARACTERS = ("gb2312-1", "none")
+NAMED_CHARACTERS = ("auto", "gb2312-1", "none")
 
 
 def inputs_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:

@@ -195,15 +195,21 @@ class Base(Section):
 
 
 class Tokenizer(Section):
-    """How the new language's pieces are found and grafted; `keep` leaves the base's tokenizer as it is."""
+    """How the new language's pieces are found and grafted; `keep` leaves the base's tokenizer as it is.
+
+    `num_pieces`: 8,000 where pieces are learned, all where they are given. `auto` means, where pieces are learned: at
+    most 4 characters a piece for Han alone, else no limit; the common characters of GB2312 for Han alone and at least
+    8,000 pieces; a piece begins with the space before its word if the language sets words apart by spaces.
+    """
 
     mode: Literal["continued", "merge", "card", "keep"] = "continued"
     text: tuple[Location, ...] = ()
     pieces: Location | None = None
     script: tuple[str, ...] = ("Han",)
-    num_pieces: Count = 8000
-    max_piece_chars: Count | None = 4
-    common_characters: Literal["gb2312-1", "none"] | Location = "gb2312-1"
+    num_pieces: Count | None = None
+    max_piece_chars: Count | Literal["auto", "none"] = "auto"
+    common_characters: Literal["auto", "gb2312-1", "none"] | Location = "auto"
+    leading_space: Literal["auto", "always", "never"] = "auto"
     pad_piece: StrictBool = True
 
     @model_validator(mode="after")

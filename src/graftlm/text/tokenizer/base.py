@@ -13,8 +13,9 @@ from pathlib import Path
 import sentencepiece
 
 from graftlm.errors import UserError
+from graftlm.text.tokenizer.load import tokenizer_of_model
 from graftlm.text.tokenizer.sentencepiece_bpe import parse_model
-from graftlm.text.tokenizer.tokenizer import Tokenizer, tokenizer_of_model
+from graftlm.text.tokenizer.tokenizer import Tokenizer
 
 LONGEST_LINE_BYTES = 100_000
 

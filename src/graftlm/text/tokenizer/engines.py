@@ -78,8 +78,7 @@ class FastEngine:
         self.fast.encode_special_tokens = True  # "</s>" in a text stays text
         self.fast.no_truncation()
         self.fast.no_padding()
-        self._continuation = FastTokenizer.from_str(json.dumps(_without_leading_space(self._parts)))
-        self._continuation.encode_special_tokens = True
+        self._continuation = self._without_prefix()
         vocabulary = fast.get_vocab(with_added_tokens=True)
         self.num_pieces = max(vocabulary.values()) + 1
         added = {token["id"]: token for token in self._parts["added_tokens"]}
@@ -88,6 +87,15 @@ class FastEngine:
         decoder = json.dumps(self._parts["decoder"])
         self.is_byte_level = '"ByteLevel"' in decoder
         self._has_byte_pieces = '"ByteFallback"' in decoder
+
+    def _without_prefix(self) -> FastTokenizer:
+        """The tokenizer that puts no space before a text: itself where it puts none."""
+        parts = _without_leading_space(self._parts)
+        if all(parts[stage] == self._parts[stage] for stage in ("normalizer", "pre_tokenizer")):
+            return self.fast
+        continuation = FastTokenizer.from_str(json.dumps(parts))
+        continuation.encode_special_tokens = True
+        return continuation
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -118,6 +126,16 @@ class FastEngine:
             refuse_surrogates(texts, error)
             raise
         return [one.ids for one in found]
+
+    def encode_words(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """`encode_continuation` of each text, cut into the words that the pre-tokenizer makes of it."""
+        cut = []
+        for found in self._continuation.encode_batch(list(texts), add_special_tokens=False):
+            words: dict[int | None, list[int]] = {}
+            for piece_id, word in zip(found.ids, found.word_ids, strict=True):
+                words.setdefault(word, []).append(piece_id)
+            cut.append(list(words.values()))
+        return cut
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, each standing by itself."""
@@ -229,8 +247,8 @@ def _spaced(piece: str) -> bytes:
 
 def _without_leading_space(parts: dict[str, Any]) -> dict[str, Any]:
     """A copy of a parsed tokenizer.json that puts no space before the text."""
-    copy = json.loads(json.dumps(parts))
-    copy["post_processor"] = None
+    stages = {key: json.loads(json.dumps(parts[key])) for key in ("normalizer", "pre_tokenizer")}
+    copy = {**parts, **stages, "post_processor": None}
 
     def strip(stage: dict[str, Any] | None) -> dict[str, Any] | None:
         if stage is None or stage["type"] == "Prepend":

@@ -1,194 +1,231 @@
 """Learning new pieces: the base's own BPE goes on over text of the new script.
 
-Owns which merges are worth a row. Does not know how a vocabulary is written down (`graft.py`). A symbol is a byte
-string: a base token, or a whole character for which the base only has bytes.
+Owns which pieces are worth a row. Does not know how a vocabulary is written down (`sentencepiece_graft.py`,
+`byte_level.py`) nor how pairs are found (`merging.py`). A symbol is a byte string: a base token, or a whole character
+for which a SentencePiece base only has bytes.
 
-Source of the method: continued BPE as measured in TOKENIZER notes; BPE, arXiv 1508.07909.
+Source of the method: continued BPE; BPE, arXiv 1508.07909.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import regex
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers, trainers
+from itertools import pairwise
 
 from graftlm.errors import UserError
-from graftlm.text.texts import read_lines
+from graftlm.run import progress
+from graftlm.text.tokenizer.engines import FastEngine
+from graftlm.text.tokenizer.merging import merge_words
+from graftlm.text.tokenizer.script import Script
 from graftlm.text.tokenizer.tokenizer import Tokenizer
 
-SCRIPTS = (
-    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati", "Gurmukhi",
-    "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam", "Mongolian",
-    "Myanmar", "Oriya", "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan",
-)  # fmt: skip
-"""Names offered when a script is misspelt; any Unicode script name works."""
-
-# Private-use planes 15 and 16: one code point stands for one symbol.
-_STAND_INS = [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
+SPACED_SHARE = 0.2
+"""Above this share of words that follow a space, the space belongs to the pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """Pieces worth adding, best first within each list: `characters` for which the base only has bytes, `merges` of
+    """Pieces worth adding, in the order of their ids: `characters` for which the base only has bytes, then `merges` of
     two symbols in the order in which they were learned."""
 
     characters: list[str]
     merges: list[tuple[bytes, bytes]]
 
 
-def script_pattern(scripts: Sequence[str]) -> regex.Pattern[str]:
-    """A pattern matching one character of any of the Unicode scripts. Raises UserError for an unknown script."""
-    for script in scripts:
-        try:
-            regex.compile(rf"\p{{Script={script}}}")
-        except regex.error:
-            near = difflib.get_close_matches(script.capitalize(), SCRIPTS, n=1)
-            raise UserError(
-                f"Unicode knows no script {script!r}.",
-                f"Did you mean {near[0]}?"
-                if near
-                else f"Write its Unicode name, for example {', '.join(SCRIPTS[:5])}.",
-            ) from None
-    return regex.compile("[" + "".join(rf"\p{{Script={script}}}" for script in scripts) + "]")
+def count_runs(texts: Iterable[str], script: Script, with_space: bool) -> Counter[str]:
+    """How often each run of the script occurs. Raises UserError when there is none."""
+    pattern = script.run_with_space if with_space else script.run
+    runs: Counter[str] = Counter()
+    num_texts = num_chars = 0
+    for text in texts:
+        runs.update(pattern.findall(text))
+        num_texts, num_chars = num_texts + 1, num_chars + len(text)
+    if not num_chars:
+        raise UserError(
+            f"The texts to learn from are empty ({num_texts} lines or rows without a character).",
+            "Give files that hold text in the new language (--text, tokenizer.text).",
+        )
+    if not runs:
+        raise UserError(
+            f"{num_chars:,} characters of text to learn from hold none of the script {'+'.join(script.names)}.",
+            "Give texts in the new language, or name its script (--script, tokenizer.script).",
+        )
+    return runs
 
 
-def common_characters(name: str, pattern: regex.Pattern[str]) -> list[str]:
-    """Characters that get a piece whatever the text holds: GB2312 level 1 (`gb2312-1`), a file's, or `none`."""
-    if name == "none":
-        return []
-    if name == "gb2312-1":
-        rows = (bytes((0xA0 + row, 0xA0 + cell)) for row in range(16, 56) for cell in range(1, 95))
-        found = [code.decode("gb2312", errors="ignore") for code in rows]
-    else:
-        found = [char for line in read_lines(Path(name)) for char in line]
-    return list(dict.fromkeys(char for char in found if char and pattern.fullmatch(char)))
-
-
-def symbols_of(base: Tokenizer, runs: Sequence[str]) -> list[list[bytes]]:
-    """Each run as the base's tokens, bytes of one unknown character joined; `b"".join` of a list is its run."""
-    found = []
-    for ids in base.encode_continuations(runs):
-        symbols: list[bytes] = []
-        part = b""
-        for piece_id in ids:
-            part += base.token_bytes(piece_id)
-            if base.is_byte_level or _is_whole(part):
-                symbols.append(part)
-                part = b""
-        found.append(symbols)
-    return found
+def puts_spaces(texts: Sequence[str], script: Script) -> bool:
+    """Whether the language sets its words apart by spaces, judged by the first texts."""
+    num_runs = num_spaced = 0
+    for text in texts[:2000]:
+        found = script.run_with_space.findall(text)
+        num_runs += len(found)
+        num_spaced += sum(run.startswith(" ") for run in found)
+    return num_spaced > SPACED_SHARE * num_runs
 
 
 def learn_pieces(
     base: Tokenizer,
-    texts: Iterable[str],
-    pattern: regex.Pattern[str],
+    runs: Counter[str],
+    script: Script,
     num_pieces: int,
-    max_chars: int | None,
-    forced: Sequence[str],
+    max_chars: int | None = None,
+    forced: Sequence[str] = (),
+    first: Sequence[tuple[bytes, bytes]] = (),
 ) -> Learned:
-    """At most `num_pieces` pieces that shorten the texts most, `forced` characters among them.
+    """At most `num_pieces` pieces that shorten the runs most.
 
-    A merge is worth the number of times it fires, a character the tokens it saves each time it occurs; what a merge
-    is made of is then always worth at least as much, so taking the best is closed under its own parts.
-    Raises UserError when the texts hold nothing of the script.
+    Among them the characters `forced` and the merges `first`, which come before all learned ones. A merge is worth the
+    tokens it saves, which is the number of times it fires; a character the tokens it saves each time it occurs. What a
+    merge is made of is then worth at least as much, so the best are closed under their own parts.
+    Raises UserError when what is forced is more than `num_pieces`.
     """
-    runs = regex.compile(pattern.pattern + "+")
-    lines = [found for text in texts if (found := runs.findall(text))]
-    if not lines:
+    symbols = _Symbols(base, script, max_chars)
+    new_forced = [char for char in forced if char.encode() not in symbols.known]
+    budget = num_pieces - len(new_forced) - len(first)
+    if budget < 0:
         raise UserError(
-            "The texts to learn from hold no character of the chosen script.",
-            "Give texts in the new language, or name its script (--script, tokenizer.script).",
+            f"{num_pieces - budget} pieces are needed for the common characters alone, and {num_pieces} are asked for.",
+            "Ask for more with --num-pieces (tokenizer.num_pieces), or for --common-characters none.",
         )
-    distinct = list({run for line in lines for run in line})
-    symbols = dict(zip(distinct, symbols_of(base, distinct), strict=True))
-    names = sorted({symbol for spelled in symbols.values() for symbol in spelled})
-    stand_in = {symbol: chr(_STAND_INS[i]) for i, symbol in enumerate(names)}
-    spelled = {run: "".join(stand_in[symbol] for symbol in parts) for run, parts in symbols.items()}
-    written = [" ".join(spelled[run] for run in line) for line in lines]
-    merges, fired, counts = _train(written, len(names) + num_pieces, max_chars)
-    meaning = {char: symbol for symbol, char in stand_in.items()}
-    for left, right in merges:
-        meaning[left + right] = meaning[left] + meaning[right]
-    known = {base.token_bytes(piece_id) for piece_id in range(base.num_pieces)}
-    return _choose(base, names, stand_in, meaning, merges, fired, counts, known, num_pieces, max_chars, forced)
+    words, counts = _spell(base, runs, symbols)
+    if first:
+        words = _applied(words, first, symbols)
+    worth = {} if base.is_byte_level else _worth_of_characters(words, counts, symbols)
+    for char in new_forced:
+        worth.pop(char.encode(), None)
+    worths = sorted(worth.values())
+    merges: list[tuple[bytes, bytes]] = []
+    for merge in progress(merge_words(words, counts, budget, symbols.join), budget, "learning pieces"):
+        num_better = len(worths) - bisect_left(worths, merge.count)
+        if len(merges) + 1 + num_better > budget:
+            break
+        merges.append((symbols.parts[merge.left], symbols.parts[merge.right]))
+    best = sorted(worth, key=lambda part: (-worth[part], part))[: budget - len(merges)]
+    return Learned([*new_forced, *(part.decode() for part in best)], [*first, *merges])
 
 
-def _train(
-    written: list[str], num_symbols: int, max_chars: int | None
-) -> tuple[list[tuple[str, str]], list[int], Counter[str]]:
-    """Merges over stand-ins in learned order, how often each fires, and how often each symbol occurs."""
-    trained = FastTokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    settings = {"max_token_length": max_chars} if max_chars else {}
-    trainer = trainers.BpeTrainer(vocab_size=num_symbols, show_progress=False, min_frequency=2, **settings)
-    trained.train_from_iterator(written, trainer)
-    listed = json.loads(trained.to_str())["model"]["merges"]
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in listed]
-    used: Counter[str] = Counter()
-    by_id = {index: token for token, index in trained.get_vocab().items()}
-    for encoded in trained.encode_batch_fast(written, add_special_tokens=False):
-        used.update(encoded.ids)
-    totals = Counter({by_id[index]: count for index, count in used.items()})
-    fired = [0] * len(merges)
-    for number in range(len(merges) - 1, -1, -1):
-        left, right = merges[number]
-        fired[number] = totals[left + right]
-        totals[left] += fired[number]
-        totals[right] += fired[number]
-    return merges, fired, totals
+class _Symbols:
+    """Byte strings by number, and which of them may be joined."""
+
+    def __init__(self, base: Tokenizer, script: Script, max_chars: int | None) -> None:
+        self.parts: list[bytes] = []
+        self.known = set(map(base.token_bytes, base.piece_ids))
+        self.script = script
+        self._max_chars = max_chars
+        self._is_byte_level = base.is_byte_level
+        self._numbers: dict[bytes, int] = {}
+        self._made: set[bytes] = set()
+
+    def number(self, part: bytes) -> int:
+        """The number of a byte string, given on first sight."""
+        found = self._numbers.get(part)
+        if found is None:
+            found = self._numbers[part] = len(self.parts)
+            self.parts.append(part)
+        return found
+
+    def join(self, left: int, right: int) -> int | None:
+        """The number of both together; None where that is no piece to add."""
+        whole = self.parts[left] + self.parts[right]
+        if whole in self.known or whole in self._made or not self.script.owns(whole):
+            return None
+        if self._max_chars is not None and num_chars(whole) > self._max_chars:
+            return None
+        if not (self._is_byte_level or (self._can_stand(left) and self._can_stand(right))):
+            return None
+        self._made.add(whole)
+        return self.number(whole)
+
+    def _can_stand(self, number: int) -> bool:
+        # A character that the base lacks and that is not the script's own gets no piece: no merge may need one.
+        return self.parts[number] in self.known or self.script.owns(self.parts[number])
 
 
-def _choose(
-    base: Tokenizer,
-    names: list[bytes],
-    stand_in: dict[bytes, str],
-    meaning: dict[str, bytes],
-    merges: list[tuple[str, str]],
-    fired: list[int],
-    counts: Counter[str],
-    known: set[bytes],
-    num_pieces: int,
-    max_chars: int | None,
-    forced: Sequence[str],
-) -> Learned:
-    forced_new = [char for char in forced if char.encode() not in known]
-    candidates: list[tuple[int, int, str | int]] = []
+def num_chars(part: bytes) -> int:
+    """Characters that begin in a byte string; the space before a word is not counted."""
+    return sum(byte & 0xC0 != 0x80 for byte in part.removeprefix(b" "))
+
+
+def _spell(base: Tokenizer, runs: Counter[str], symbols: _Symbols) -> tuple[list[list[int]], list[int]]:
+    """Every run as numbers of symbols and how often it occurs; a byte-level base first cuts runs into its words."""
     if not base.is_byte_level:
-        taken = set(forced_new)
-        unknown = [name for name in names if name not in known and name.decode() not in taken]
-        candidates = [
-            (-(len(name) - 1) * counts[stand_in[name]], -1, name.decode())
-            for name in unknown
-            if counts[stand_in[name]] > 1
-        ]
-    candidates += [(-worth, number, number) for number, worth in enumerate(fired) if worth]
-    candidates.sort(key=lambda candidate: (candidate[0], candidate[1], str(candidate[2])))
-    budget = max(0, num_pieces - len(forced_new))
-    best = [candidate[2] for candidate in candidates[:budget]]
-    characters = [*forced_new, *(one for one in best if isinstance(one, str))][:num_pieces]
-    available = known | {char.encode() for char in characters} | (set(names) & known)
-    chosen: list[tuple[bytes, bytes]] = []
-    for number in sorted(one for one in best if isinstance(one, int)):
-        left, right = (meaning[part] for part in merges[number])
-        whole = left + right
-        is_short = max_chars is None or len(whole.decode(errors="ignore")) <= max_chars
-        if left in available and right in available and whole not in available and is_short:
-            available.add(whole)
-            chosen.append((left, right))
-    return Learned(characters, chosen)
+        return _spell_by_characters(base, runs, symbols), list(runs.values())
+    assert isinstance(base.engine, FastEngine)
+    number_of = {piece_id: symbols.number(base.token_bytes(piece_id)) for piece_id in base.piece_ids}
+    words: Counter[tuple[int, ...]] = Counter()
+    for count, cut in zip(runs.values(), base.engine.encode_words(list(runs)), strict=True):
+        for ids in cut:
+            words[tuple(ids)] += count
+    return [[number_of[piece_id] for piece_id in word] for word in words], list(words.values())
 
 
-def _is_whole(part: bytes) -> bool:
-    try:
-        part.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _spell_by_characters(base: Tokenizer, runs: Counter[str], symbols: _Symbols) -> list[list[int]]:
+    """Runs as a SentencePiece base cuts them, the bytes of an unknown character joined.
+
+    Two characters that stand side by side in no piece are never in one token, so a run falls apart between them and
+    only the distinct parts are encoded: for a base that knows Chinese characters but no words, the characters.
+    """
+    pieces = (base.token_bytes(piece_id).decode(errors="ignore") for piece_id in base.piece_ids)
+    alphabet = set().union(*runs)
+    neighbours = {pair for piece in pieces for pair in pairwise(piece) if alphabet.issuperset(pair)}
+    inner = {left for left, _ in neighbours}
+    cut = [run if inner.isdisjoint(run) else list(_cut(run, neighbours)) for run in runs]
+    distinct = sorted(set().union(*cut))
+    numbers = {}
+    for fragment, ids in zip(distinct, base.encode_continuations(distinct), strict=True):
+        numbers[fragment] = [symbols.number(part) for part in whole_characters(map(base.token_bytes, ids))]
+    return [[number for fragment in fragments for number in numbers[fragment]] for fragments in cut]
+
+
+def _cut(run: str, neighbours: set[tuple[str, str]]) -> Iterator[str]:
+    start = 0
+    for end, pair in enumerate(pairwise(run), start=1):
+        if pair not in neighbours:
+            yield run[start:end]
+            start = end
+    yield run[start:]
+
+
+def whole_characters(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts, those that are bytes of one character joined."""
+    begun = b""
+    for part in parts:
+        begun += part
+        try:
+            begun.decode()
+        except UnicodeDecodeError:
+            continue
+        yield begun
+        begun = b""
+
+
+def _applied(words: list[list[int]], merges: Sequence[tuple[bytes, bytes]], symbols: _Symbols) -> list[list[int]]:
+    """The words after merges that each fold one character's tokens from the left."""
+    joined = {(symbols.number(a), symbols.number(b)): symbols.number(a + b) for a, b in merges}
+    symbols.known.update(left + right for left, right in merges)
+    found = []
+    for word in words:
+        done: list[int] = []
+        for number in word:
+            done.append(number)
+            while len(done) > 1 and (whole := joined.get((done[-2], done[-1]))) is not None:
+                done[-2:] = [whole]
+        found.append(done)
+    return found
+
+
+def _worth_of_characters(words: list[list[int]], counts: list[int], symbols: _Symbols) -> dict[bytes, int]:
+    """The script's characters for which the base only has bytes, by the number of tokens that a piece saves."""
+    candidates = {
+        number for number, part in enumerate(symbols.parts) if part not in symbols.known and symbols.script.owns(part)
+    }
+    occurrences: Counter[int] = Counter()
+    for word, count in zip(words, counts, strict=True):
+        for number in word:
+            if number in candidates:
+                occurrences[number] += count
+    parts = symbols.parts
+    return {parts[number]: (len(parts[number]) - 1) * n for number, n in occurrences.items() if n > 1}

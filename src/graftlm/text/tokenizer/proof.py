@@ -1,129 +1,156 @@
 """Proof of a graft, on texts: what holds for every text by construction is tried on many.
 
-Owns the four comparisons (expansion, engines, round trip, old text) and the texts to try. Does not know how pieces were
-found. Source of the theorems: DESIGN of the graft; a text without any new piece has an identical merge trace, and with
-all new merges ranked last, expanding new ids gives the base's ids.
+Owns the comparisons (expansion, engines, round trip, old text, reachable pieces). Does not know how pieces were found
+nor which texts to try (`samples.py`).
+
+Why it must hold: a text in which no new piece occurs has an identical merge trace; and when all new merges rank after
+all old ones, no new merge joins less than whole old tokens, so expanding new ids gives the base's ids.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import regex
 import sentencepiece
 
-from graftlm.text.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from graftlm.run import progress
+from graftlm.text.tokenizer.load import load_tokenizer
+from graftlm.text.tokenizer.samples import overlap_texts
+from graftlm.text.tokenizer.script import Script
+from graftlm.text.tokenizer.tokenizer import CONFIG_FILE, Tokenizer
 
-MAX_TEXT_CHARS = 2000
-ODD_TEXTS = (
-    "", " ", "  two  spaces ", "\n\n\t x", "a\u00a0b", "𠀀𪚥 rare", "ＦＵＬＬ　ｗｉｄｔｈ", "🙂👩‍👩‍👧 emoji", "def f(x):\n    return x\n",
-    "今日はいい天気ですね", "오늘은 날씨가 좋다", "Привет, мир", "مرحبا بالعالم", "नमस्ते दुनिया", "1234567890 3.14", "e\u0301é", "\x00\x01", "�",
-)  # fmt: skip
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+_TEXTS_AT_A_TIME = 1000
+_NUM_EXAMPLES = 5
 
 
 @dataclass(slots=True)
 class Proof:
-    """Counts over the texts tried; `examples` holds texts that failed, shortest first."""
+    """Counts over the texts tried; `examples` holds some that failed, shortest first, by what failed.
+
+    `old_texts_changed` counts, of the `num_old_texts` without a character of the script, those encoded differently.
+    `chars_per_token` is over the real texts that hold the script.
+    """
 
     num_texts_checked: int = 0
+    num_old_texts: int = 0
     expand_violations: int = 0
     engine_disagreements: int = 0
     roundtrip_failures: int = 0
     old_texts_changed: int = 0
+    unreachable_pieces: int = 0
     overlap_triples: int = 0
+    engines: list[str] = field(default_factory=list)
     chars_per_token: dict[str, float] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, what: str, text: str) -> None:
+        """Count a failure and keep the shortest texts that show it."""
+        name = what.partition(": ")[0]
+        setattr(self, name, getattr(self, name) + 1)
+        kept = self.examples.setdefault(what, [])
+        if text not in kept:
+            kept.append(text)
+        kept.sort(key=len)
+        del kept[_NUM_EXAMPLES:]
 
 
-def sample_texts(
-    old: Tokenizer, new: Tokenizer, texts: Sequence[str], pattern: regex.Pattern[str], num_texts: int, seed: int = 0
-) -> list[str]:
-    """Texts to try: a sample of the given ones, odd ones, self-overlapping pieces, and as many fuzzed; same seed, same
-    texts."""
-    dice = random.Random(seed)
-    given = [text[:MAX_TEXT_CHARS] for text in texts]
-    real = dice.sample(given, num_texts // 2) if len(given) > num_texts // 2 else given
-    parts = [part for i in range(new.num_pieces) if (part := new.token_bytes(i).decode(errors="ignore"))]
-    fresh = [
-        part for i in range(old.num_pieces, new.num_pieces) if (part := new.token_bytes(i).decode(errors="ignore"))
-    ]
-    scripted = [char for char in {c for text in real for c in text} if pattern.match(char)] or ["中"]
-    scripted.sort()
-    signs = list(" \n\t,.!?。，！？“”0123456789abcXYZ é🙂你𠀀ｆ、")
-    fuzzed = []
-    for _ in range(num_texts - num_texts // 2):
-        pools = dice.choices([parts, fresh or parts, scripted, signs], k=dice.randint(1, 12))
-        fuzzed.append("".join(dice.choice(pool) for pool in pools))
-    return [*real, *ODD_TEXTS, *overlap_texts(old, new), *fuzzed]
+def prove(
+    old: Tokenizer,
+    new: Tokenizer,
+    real: Sequence[str],
+    made: Sequence[str],
+    script: Script,
+    engines: dict[str, Encode] | None = None,
+) -> Proof:
+    """Compare two tokenizers on texts, and `new` with every other engine that should encode as it does.
 
-
-def overlap_texts(old: Tokenizer, new: Tokenizer) -> list[str]:
-    """X+Y+Z for every new piece that is both XY and YZ, where the two places tie."""
-    pieces = {new.token_bytes(i) for i in range(new.num_pieces)}
-    found = []
-    for piece_id in range(old.num_pieces, new.num_pieces):
-        piece = new.token_bytes(piece_id)
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces and piece.startswith(right):
-                rest = piece[len(right) :]
-                if rest in pieces:
-                    found.append((left + right + rest).decode(errors="ignore"))
-    return [text for text in dict.fromkeys(found) if text]
-
-
-def prove(old: Tokenizer, new: Tokenizer, texts: Sequence[str], pattern: regex.Pattern[str]) -> Proof:
-    """Compare two tokenizers in memory."""
-    proof = Proof(num_texts_checked=len(texts), overlap_triples=len(overlap_texts(old, new)))
-    before, after = old.encode_batch(texts), new.encode_batch(texts)
-    sums = {"old": [0, 0], "new": [0, 0]}
-    failed = []
-    for text, old_ids, new_ids in zip(texts, before, after, strict=True):
-        if new.expand(new_ids) != old_ids:
-            proof.expand_violations += 1
-            failed.append(text)
-        if new.decode(new_ids) != text and old.decode(old_ids) == text:
-            proof.roundtrip_failures += 1
-            failed.append(text)
-        has_script = bool(pattern.search(text))
-        if not has_script and new_ids != old_ids:
-            proof.old_texts_changed += 1
-        if has_script:
-            sums["old"][0], sums["old"][1] = sums["old"][0] + len(text), sums["old"][1] + len(old_ids)
-            sums["new"][0], sums["new"][1] = sums["new"][0] + len(text), sums["new"][1] + len(new_ids)
-    proof.chars_per_token = {name: round(chars / tokens, 4) for name, (chars, tokens) in sums.items() if tokens}
-    proof.examples = sorted(set(failed), key=len)
+    Compression is measured on the `real` texts only; everything else on the `made` ones too.
+    """
+    engines = engines or {}
+    texts = [*real, *made]
+    proof = Proof(len(texts), overlap_triples=len(overlap_texts(old, new)), engines=list(engines))
+    sizes = [0, 0, 0]  # characters, old ids, new ids of real texts in the script
+    starts = range(0, len(texts), _TEXTS_AT_A_TIME)
+    for start in progress(starts, len(starts), "proving on texts, thousands"):
+        part = texts[start : start + _TEXTS_AT_A_TIME]
+        after = new.encode_batch(part)
+        for number, (text, old_ids, new_ids) in enumerate(zip(part, old.encode_batch(part), after, strict=True)):
+            has_script = script.occurs_in(text)
+            _compare(proof, old, new, text, old_ids, new_ids, has_script)
+            if has_script and start + number < len(real):
+                sizes = [a + b for a, b in zip(sizes, (len(text), len(old_ids), len(new_ids)), strict=True)]
+        for name, encode in engines.items():
+            for text, wanted, found in zip(part, after, encode(part), strict=True):
+                if list(found) != wanted:
+                    proof.note(f"engine_disagreements: {name}", text)
+    _reach(proof, old, new)
+    num_chars, num_old, num_new = sizes
+    if num_chars:
+        proof.chars_per_token = {"old": round(num_chars / num_old, 4), "new": round(num_chars / num_new, 4)}
     return proof
+
+
+def _compare(
+    proof: Proof, old: Tokenizer, new: Tokenizer, text: str, old_ids: list[int], new_ids: list[int], has_script: bool
+) -> None:
+    if new.expand(new_ids) != old_ids:
+        proof.note("expand_violations", text)
+    if new.decode(new_ids) != text and old.decode(old_ids) == text:
+        proof.note("roundtrip_failures", text)
+    if not has_script:
+        proof.num_old_texts += 1
+        if new_ids != old_ids:
+            proof.note("old_texts_changed", text)
+
+
+def _reach(proof: Proof, old: Tokenizer, new: Tokenizer) -> None:
+    """Every new piece that is whole text must come out of that text, and expand to the base's encoding of it."""
+    whole = {}
+    for piece_id in new.expansions:
+        try:
+            whole[piece_id] = new.token_bytes(piece_id).decode()
+        except UnicodeDecodeError:
+            continue  # part of a character: a step on the way to a longer piece
+    texts = list(whole.values())
+    found, spelled = new.encode_continuations(texts), old.encode_continuations(texts)
+    for (piece_id, text), ids, old_ids in zip(whole.items(), found, spelled, strict=True):
+        if ids != [piece_id]:
+            proof.note("unreachable_pieces", text)
+        elif list(new.expansions[piece_id]) != old_ids:
+            proof.note("expand_violations", text)
 
 
 def prove_folder(
-    old: Tokenizer, new: Tokenizer, folder: Path, texts: Sequence[str], pattern: regex.Pattern[str]
+    old: Tokenizer, new: Tokenizer, folder: Path, real: Sequence[str], made: Sequence[str], script: Script
 ) -> Proof:
-    """Load a written folder again in every engine and compare: ours, transformers', SentencePiece's."""
+    """Load a written folder again, prove it, and compare it with every engine and with `new`, from which it came."""
     loaded = load_tokenizer(folder)
-    proof = prove(old, loaded, texts, pattern)
-    expected = new.encode_batch(texts)
-    disagreeing = set()
-    for encode in (loaded.encode_batch, *_other_engines(loaded, folder)):
-        for text, wanted, found in zip(texts, expected, encode(texts), strict=True):
-            if list(found) != wanted:
-                disagreeing.add(text)
-    proof.engine_disagreements = len(disagreeing)
-    proof.examples = sorted({*proof.examples, *disagreeing}, key=len)
-    return proof
+    return prove(old, loaded, real, made, script, {"before saving": new.encode_batch, **other_engines(loaded, folder)})
 
 
-def _other_engines(tokenizer: Tokenizer, folder: Path) -> list[Any]:
+def other_engines(tokenizer: Tokenizer, folder: Path | None) -> dict[str, Encode]:
+    """Every engine at hand that ought to encode as `tokenizer`: transformers from its folder, SentencePiece."""
+    engines: dict[str, Encode] = {}
+    if folder is not None and (folder / CONFIG_FILE).is_file():
+        engines["transformers"] = _by_transformers(tokenizer, folder)
+    if tokenizer.model is not None:
+        processor: Any = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model.SerializeToString())
+        engines["sentencepiece"] = lambda texts: processor.encode(list(texts))
+    return engines
+
+
+def _by_transformers(tokenizer: Tokenizer, folder: Path) -> Encode:
     from transformers import AutoTokenizer
 
     auto = AutoTokenizer.from_pretrained(str(folder))
     controls = tuple(tokenizer.special_tokens)
 
-    def by_transformers(texts: Sequence[str]) -> list[list[int]]:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
         # transformers reads a control token spelled out in a text as that token; we never do, so such texts are ours.
         plain = [text for text in texts if not any(control in text for control in controls)]
         found = iter(auto(plain, add_special_tokens=False)["input_ids"]) if plain else iter(())
@@ -131,8 +158,4 @@ def _other_engines(tokenizer: Tokenizer, folder: Path) -> list[Any]:
             tokenizer.encode(text) if any(control in text for control in controls) else next(found) for text in texts
         ]
 
-    engines: list[Any] = [by_transformers]
-    if tokenizer.model is not None:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model.SerializeToString())
-        engines.append(lambda texts: processor.encode(list(texts)))
-    return engines
+    return encode

@@ -1,33 +1,22 @@
-"""The tokenizer everything else uses: text to ids and back, loaded from and saved to a folder.
+"""The tokenizer everything else uses: text to ids and back, saved to a folder.
 
-Owns which control token means what, what a graft added (`expansions`), and the files of a tokenizer folder.
-Does not know how pieces are learned or proved, nor chat formats. Control-token strings in a text stay text:
-only `special_tokens` gives their ids.
+Owns which control token means what, what a graft added (`expansions`), and the files of a tokenizer folder; `load.py`
+reads them. Does not know how pieces are learned or proved, nor chat formats. Control-token strings in a text stay
+text: only `special_tokens` gives their ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer as FastTokenizer
-
 from graftlm.errors import UserError
-from graftlm.text.tokenizer.engines import Engine, FastEngine, SentencePieceEngine
-from graftlm.text.tokenizer.sentencepiece_bpe import (
-    CONTROL,
-    UNKNOWN,
-    ModelProto,
-    build_fast,
-    parse_model,
-    read_model,
-    why_not_exact,
-)
+from graftlm.text.tokenizer.engines import Engine, FastEngine
+from graftlm.text.tokenizer.sentencepiece_bpe import ModelProto
 
 FAST_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
@@ -37,13 +26,7 @@ GRAFT_FILE = "graft.json"
 EXPANSIONS_FILE = "expansions.json"
 TOKENIZER_FILES = (FAST_FILE, MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE, GRAFT_FILE, EXPANSIONS_FILE)
 
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-_USUAL_NAMES = {
-    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>"),
-    "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
-    "unk_token": ("<unk>",),
-    "pad_token": ("[PAD]", "<pad>", "<|pad|>"),
-}
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Tokenizer:
@@ -141,6 +124,19 @@ class Tokenizer:
         """The piece of an id as the vocabulary spells it. Raises IndexError for an id without a piece."""
         return self.engine.piece(piece_id)
 
+    def has_piece(self, piece_id: int) -> bool:
+        """Whether an id stands for something; a byte-level vocabulary may leave ids out."""
+        try:
+            self.engine.piece(piece_id)
+        except IndexError:
+            return False
+        return True
+
+    @cached_property
+    def piece_ids(self) -> list[int]:
+        """All ids that stand for something, in order."""
+        return [piece_id for piece_id in range(self.num_pieces) if self.has_piece(piece_id)]
+
     def token_bytes(self, piece_id: int) -> bytes:
         """The UTF-8 bytes an id stands for, possibly part of a character; none for a control token."""
         return self.engine.token_bytes(piece_id)
@@ -149,6 +145,20 @@ class Tokenizer:
         """The base tokenizer's ids for the same text: every new id replaced by its expansion."""
         expansions = self.expansions
         return [old_id for piece_id in ids for old_id in expansions.get(piece_id, (piece_id,))]
+
+    def grafted(
+        self, engine: Engine, expansions: dict[int, tuple[int, ...]], pad: str | None, model: ModelProto | None = None
+    ) -> Tokenizer:
+        """This tokenizer with pieces added: `engine` and `model` hold them, `pad` is a new control token's name."""
+        return Tokenizer(
+            engine,
+            roles={**self.roles, **({"pad_token": pad} if pad else {})},
+            model=model,
+            config=self.config,
+            chat_template=self.chat_template,
+            graft={"first_new_id": self.num_pieces},
+            expansions=expansions,
+        )
 
     def save(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Write the tokenizer's files into `folder`, so that `load_tokenizer` and `AutoTokenizer` read them.
@@ -178,7 +188,7 @@ class Tokenizer:
         kept = {key: self.config[key] for key in ("model_max_length",) if key in self.config}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast" if self.has_fast_form else "SentencePieceBackend",
-            **{role: self.roles[role] for role in _ROLES if role in self.roles},
+            **{role: self.roles[role] for role in ROLES if role in self.roles},
             "clean_up_tokenization_spaces": False,
             **kept,
         }
@@ -187,163 +197,5 @@ class Tokenizer:
         return config
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder, a `tokenizer.model` or `tokenizer.json` file, or a hub id.
-
-    A folder's `tokenizer.json` is taken as it is. Where only a SentencePiece model lies, its exact fast form is
-    built in memory; if it has none (tied scores, Unigram), SentencePiece itself encodes.
-
-    Raises:
-        UserError: nothing usable is found, or a file is foreign or cut off.
-    """
-    path = Path(source)
-    if path.is_file():
-        return _load_file(path)
-    if not path.is_dir():
-        path = _fetch(str(source))
-    config = _read_json(path / CONFIG_FILE) or {}
-    graft, expansions = _read_json(path / GRAFT_FILE), _read_expansions(path)
-    template = _read_template(path, config)
-    model_path, fast_path = path / MODEL_FILE, path / FAST_FILE
-    model = None
-    if model_path.is_file() and not (fast_path.is_file() and _is_tiktoken(model_path)):
-        model = read_model(model_path)
-    if fast_path.is_file():
-        engine: Engine = FastEngine(_read_fast(fast_path))
-    elif model is not None:
-        engine = _engine_of(model)
-    else:
-        raise UserError(
-            f"{path}: neither {FAST_FILE} nor {MODEL_FILE} is there.",
-            "Give a folder that holds a tokenizer, or the path of a .model file.",
-        )
-    return Tokenizer(
-        engine,
-        roles=_find_roles(path, config, engine, model),
-        model=model,
-        config=config,
-        chat_template=template,
-        graft=graft,
-        expansions=expansions,
-    )
-
-
-def tokenizer_of_model(model: ModelProto) -> Tokenizer:
-    """A tokenizer from a parsed SentencePiece model."""
-    engine = _engine_of(model)
-    return Tokenizer(engine, roles=_find_roles(None, {}, engine, model), model=model)
-
-
-def _engine_of(model: ModelProto) -> Engine:
-    return SentencePieceEngine(model) if why_not_exact(model) else FastEngine(build_fast(model))
-
-
-def _load_file(path: Path) -> Tokenizer:
-    if path.suffix == ".json":
-        engine = FastEngine(_read_fast(path))
-        return Tokenizer(engine, roles=_find_roles(path.parent, {}, engine, None))
-    return tokenizer_of_model(read_model(path))
-
-
-def _fetch(name: str) -> Path:
-    """Download the tokenizer files of a hub id; a local path that is missing ends here too."""
-    from huggingface_hub import snapshot_download
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_id:
-        raise UserError(
-            f"{name}: no such file or folder, and not a hub id (OWNER/NAME) either.",
-            "Give the path of a folder that holds tokenizer.json or tokenizer.model.",
-        )
-    patterns = [*TOKENIZER_FILES, "special_tokens_map.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
-    except Exception as error:  # the hub client raises many unrelated kinds
-        raise UserError(
-            f"{name}: no such folder here, and it could not be fetched as a hub id ({type(error).__name__}).",
-            "Check the path, or the id and the network; a gated model needs `hf auth login`.",
-        ) from error
-
-
-def _is_tiktoken(path: Path) -> bool:
-    """Whether a `tokenizer.model` is Llama-3's text file of byte ranks and not a SentencePiece model."""
-    with path.open("rb") as file:
-        fields = file.readline(200).split()
-    return len(fields) == 2 and fields[1].isdigit()
-
-
-def _read_fast(path: Path) -> FastTokenizer:
-    try:
-        return FastTokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(
-            f"{path}: not a whole tokenizer.json ({error}).",
-            "Copy or download it again, or remove it if a tokenizer.model lies beside it.",
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, expected an object")
-        return content
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}).", "Restore the file from where it came.") from error
-
-
-def _read_expansions(folder: Path) -> dict[int, tuple[int, ...]]:
-    content = _read_json(folder / EXPANSIONS_FILE) or {}
-    return {int(new): tuple(old) for new, old in content.items()}
-
-
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _find_roles(
-    folder: Path | None, config: dict[str, Any], engine: Engine, model: ModelProto | None
-) -> dict[str, str]:
-    """Which control token begins, ends and pads: from the folder's files, else the model, else usual names."""
-    in_config = dict(config)
-    if folder is not None:
-        in_config = {
-            **(_read_json(folder / "special_tokens_map.json") or {}),
-            **(_read_json(folder / CONFIG_FILE) or {}),
-            **config,
-        }
-    known = {engine.piece(piece_id) for piece_id in engine.special_ids}
-    from_model: dict[str, str] = {}
-    if model is not None:
-        trainer = model.trainer_spec
-        kinds = {piece.piece: piece.type for piece in model.pieces}
-        named = {
-            "bos_token": trainer.bos_piece,
-            "eos_token": trainer.eos_piece,
-            "unk_token": trainer.unk_piece,
-            "pad_token": trainer.pad_piece,
-        }
-        from_model = {role: name for role, name in named.items() if kinds.get(name) in (CONTROL, UNKNOWN)}
-    roles: dict[str, str] = {}
-    for role in _ROLES:
-        given = in_config.get(role)
-        name = given.get("content") if isinstance(given, dict) else given
-        if not isinstance(name, str):
-            name = from_model.get(role) or next((usual for usual in _USUAL_NAMES[role] if usual in known), None)
-        if name is not None:
-            roles[role] = name
-    return roles
-
-
 def _to_json(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-
-
-__all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "parse_model", "tokenizer_of_model"]
