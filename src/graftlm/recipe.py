@@ -55,6 +55,14 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     return str(from_recipe.resolve())
 
 
+def _template(value: Any, info: ValidationInfo) -> Any:
+    if value in ("card", "alpaca", "tokenizer") or not isinstance(value, str):
+        return value
+    if not value.endswith(".jinja"):
+        raise ValueError(f"no template is called {value}: write card, alpaca, tokenizer, or the path of a .jinja file")
+    return _resolve(value, info)
+
+
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
@@ -237,12 +245,27 @@ class Grow(Section):
 
 
 class Source(Section):
-    """One file or data set of dialogues. `sample` draws that many rows by the data section's seed."""
+    """One file, folder or data set of dialogues. `sample` draws that many of its rows by the data section's seed.
+
+    `split` and `config` choose within a hub data set. Optional filters: `simplify` makes Traditional Chinese
+    Simplified; with `script`, rows with less than `min_script_share` of their letters in it are dropped.
+    """
 
     path: Location
     format: Literal["auto", "alpaca", "belle", "sharegpt", "messages", "text"] = "auto"
     language: Literal["new", "old"] = "new"
     sample: Count | None = None
+    split: str | None = None
+    config: str | None = None
+    simplify: StrictBool = False
+    script: str | None = None
+    min_script_share: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _script(self) -> Source:
+        if bool(self.min_script_share) != (self.script is not None):
+            raise ValueError("script (the Unicode name of one, for example Han) and min_script_share go together")
+        return self
 
 
 class Data(Section):
@@ -252,10 +275,10 @@ class Data(Section):
     heldout: tuple[Source, ...] = ()
     heldout_rows: Annotated[StrictInt, Field(ge=0)] = 0
     text: tuple[Source, ...] = ()
-    template: Literal["card", "alpaca", "tokenizer"] = "card"
+    template: Annotated[str, BeforeValidator(_template)] = "card"
     max_tokens: Count = 1024
     too_long: Literal["drop", "cut_at_turn"] = "cut_at_turn"
-    near_duplicates: Fraction | None = 0.9
+    near_duplicates: Annotated[Number, Field(gt=0, le=1)] | None = 0.9
     seed: StrictInt = 0
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Turn a conversation into tokens: the only renderer; training, evaluation, chat and server all call it.
 
 Owns Message, Conversation, Rendered, and where an answer begins and ends in a rendered text. Does not know files,
-batches or models; the wording around a conversation is `templates`, the jinja bounds are `sandbox`.
+batches or models; the wording around a conversation is `templates`, the characters put around what is said `marks`,
+the jinja bounds are `sandbox`, the length policy is `fit`.
 
 How user text stays text: before rendering, every message is put between private-use characters that occur nowhere in
 the conversation, and every control-token string inside a message is replaced by one more such character. Whatever the
@@ -14,30 +15,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from graftlm.errors import UserError
-from graftlm.text.sandbox import TemplateRefused, compile_template
+from graftlm.text.marks import Control, Marked, control_of
+from graftlm.text.sandbox import TemplateRefused
 from graftlm.text.templates import ALPACA, BUILT_IN, CARD, Template, find_template
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from graftlm.text.tokenizer import Tokenizer
 
 __all__ = [
-    "ALPACA", "BUILT_IN", "CARD", "Control", "Conversation", "Message", "Rendered", "Segment", "Template",
-    "TemplateRefused", "coloured", "control_of", "find_template", "render", "render_many", "render_text", "rows_of",
-    "segments_of",
+    "ALPACA", "BUILT_IN", "CARD", "Conversation", "Message", "Rendered", "Segment", "Template", "TemplateRefused",
+    "find_template", "render", "render_many", "render_text", "rows_of", "segments_of",
 ]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "text"]
 Language = Literal["new", "old", ""]
 
-_PRIVATE_USE = re.compile("[\U000f0000-\U0010fffd]")
-_PRIVATE_RANGES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 _SPACES = re.compile(r"\s*")
 
 
@@ -57,6 +53,11 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str = ""
     language: Language = ""
+
+    @property
+    def num_answers(self) -> int:
+        """How many turns are the assistant's."""
+        return sum(message.role == "assistant" for message in self.messages)
 
     @property
     def text(self) -> str:
@@ -84,37 +85,6 @@ class Segment:
     is_target: bool
     token_id: int | None = None
     is_continuation: bool = False
-
-
-@dataclass(frozen=True)
-class Control:
-    """The control tokens of a tokenizer as strings: what a template may write and a user may not."""
-
-    ids: Mapping[str, int]
-    names: Mapping[str, str]  # bos_token, eos_token … for the template
-    pattern: re.Pattern[str]
-
-
-_NO_TOKENIZER = (("<s>", 1), ("</s>", 2))
-
-
-@lru_cache(maxsize=16)
-def _control(tokens: tuple[tuple[str, int], ...], names: tuple[tuple[str, str], ...]) -> Control:
-    longest_first = sorted((text for text, _ in tokens), key=len, reverse=True)
-    return Control(dict(tokens), dict(names), re.compile("|".join(map(re.escape, longest_first)) or "(?!)"))
-
-
-def control_of(tokenizer: Tokenizer | None) -> Control:
-    """The control tokens of `tokenizer`; without one Llama's `<s>` and `</s>`, enough to show a text."""
-    if tokenizer is None:
-        return _control(_NO_TOKENIZER, (("bos_token", "<s>"), ("eos_token", "</s>")))
-    tokens = tuple(tokenizer.special_tokens.items())
-    by_id = {token_id: text for text, token_id in tokens}
-    named = {
-        "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id,
-        "pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id,
-    }  # fmt: skip
-    return _control(tokens, tuple((name, by_id[i]) for name, i in named.items() if i is not None and i in by_id))
 
 
 def rows_of(conversation: Conversation, template: Template) -> list[Conversation]:
@@ -159,7 +129,7 @@ def render_many(
                 rows.append(refusal)
         starts, continuations = _texts(s for row in rows if isinstance(row, list) for s in row)
         encoded = dict(zip(starts, tokenizer.encode_batch(starts), strict=True))
-        continued = {text: tokenizer.encode_continuation(text) for text in continuations}
+        continued = dict(zip(continuations, tokenizer.encode_continuations(continuations), strict=True))
         for row in rows:
             yield _assembled(row, encoded, continued) if isinstance(row, list) else row
 
@@ -216,7 +186,7 @@ def segments_of(
         )
     if for_reply and messages and messages[-1].role == "assistant":
         messages = messages[:-1]
-    marked = _Marked(messages, control, template)
+    marked = Marked(messages, control, template)
     full = marked.render(len(messages), for_reply)
     if template.answers_per_row == "all":
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -229,7 +199,7 @@ def segments_of(
 
 
 def _answer_region(
-    marked: _Marked, full: str, i: int, controls: dict[int, int], template: Template
+    marked: Marked, full: str, i: int, controls: dict[int, int], template: Template
 ) -> tuple[int, int] | None:
     """From where the prompt for answer `i` ends to behind the control token ending it; None if it is not shown."""
     is_last = i == len(marked.messages) - 1
@@ -262,131 +232,23 @@ def _answer_region(
 
 
 def _cut(
-    full: str, controls: list[tuple[int, int]], regions: list[tuple[int, int]], marked: _Marked, control: Control
+    full: str, controls: list[tuple[int, int]], regions: list[tuple[int, int]], marked: Marked, control: Control
 ) -> list[Segment]:
     """Segments of `full` between the control tokens, cut again where an answer's region begins or ends."""
     cuts = sorted({bound for region in regions for bound in region})
     segments: list[Segment] = []
-
-    def is_target(position: int) -> bool:
-        return any(start <= position < end for start, end in regions)
-
-    def add_text(start: int, end: int) -> None:
-        bounds = [start, *(cut for cut in cuts if start < cut < end), end]
+    position = 0
+    for start, end in (*controls, (len(full), len(full))):
         has_text = False
-        for a, b in pairwise(bounds):
+        for a, b in pairwise((position, *(cut for cut in cuts if position < cut < start), start)):
             text = marked.plain(full[a:b])
             if text:
-                segments.append(Segment(text, is_target(a), is_continuation=has_text))
+                is_target = any(first <= a < last for first, last in regions)
+                segments.append(Segment(text, is_target, is_continuation=has_text))
                 has_text = True
-
-    position = 0
-    for start, end in controls:
-        add_text(position, start)
-        text = full[start:end]
-        segments.append(Segment(text, is_target(start), control.ids[text]))
+        if end > start:
+            text = full[start:end]
+            is_target = any(first <= start < last for first, last in regions)
+            segments.append(Segment(text, is_target, control.ids[text]))
         position = end
-    add_text(position, len(full))
     return segments
-
-
-class _Marked:
-    """The messages of one conversation with their contents between private-use characters."""
-
-    __slots__ = ("_control", "_data", "_free", "_render", "_restore", "_stand_ins", "close", "messages", "open")
-
-    def __init__(self, messages: Sequence[Message], control: Control, template: Template) -> None:
-        self.messages = messages
-        self._control = control
-        self._render = compile_template(template.jinja)
-        used = {c for message in messages for part in (message.content, message.input)
-                if not part.isascii() for c in _PRIVATE_USE.findall(part)}  # fmt: skip
-        self._free = _free_characters(used)
-        self._stand_ins: dict[str, str] = {}
-        self.close = next(self._free)
-        self.open = [next(self._free) for _ in messages]
-        self._restore = dict.fromkeys((self.close, *self.open), "")
-        self._data = [self._marked(i, message, template.knows_input) for i, message in enumerate(messages)]
-
-    def render(self, num_messages: int, for_reply: bool) -> str:
-        return self._render(
-            messages=self._data[:num_messages], add_generation_prompt=for_reply, tools=None, documents=None,
-            **self._control.names,
-        )  # fmt: skip
-
-    def plain(self, text: str) -> str:
-        """`text` without the marks and with the users' control-token strings back in their places."""
-        if len(self._restore) > 16:
-            return text.translate({ord(mark): original for mark, original in self._restore.items()})
-        for mark, original in self._restore.items():
-            text = text.replace(mark, original)
-        return text
-
-    def _marked(self, i: int, message: Message, knows_input: bool) -> dict[str, str]:
-        content = message.content
-        if message.input and not knows_input:
-            content = f"{content}\n{message.input}" if content else message.input
-        data = {"role": message.role, "content": self._wrap(content, self.open[i])}
-        if message.input and knows_input:
-            data["input"] = self._wrap(message.input, self.open[i] if message.role == "assistant" else self.close)
-        return data
-
-    def _wrap(self, content: str, opening: str) -> str:
-        """Marks go inside the outer blanks, so that a template's `trim` finds what it would find without them."""
-        content = self._control.pattern.sub(self._stand_in, content)
-        core = content.strip()
-        if not core:
-            return opening + self.close + content
-        start = content.index(core[0]) if content[0] != core[0] else 0
-        end = start + len(core)
-        return f"{content[:start]}{opening}{core}{self.close}{content[end:]}"
-
-    def _stand_in(self, found: re.Match[str]) -> str:
-        text = found.group()
-        if text not in self._stand_ins:
-            self._stand_ins[text] = next(self._free)
-            self._restore[self._stand_ins[text]] = text
-        return self._stand_ins[text]
-
-
-def _free_characters(used: set[str]) -> Iterator[str]:
-    """Private-use characters that occur nowhere in the conversation. Raises: TemplateRefused when none is left."""
-    for codes in _PRIVATE_RANGES:
-        for code in codes:
-            character = chr(code)
-            if character not in used:
-                yield character
-    raise TemplateRefused("the conversation uses every private-use character there is")
-
-
-# --------------------------------------------------------------------------------------------------- showing the mask
-
-
-def coloured(conversation: Conversation, template: Template, tokenizer: Tokenizer | None = None) -> Text:
-    """One row as rich text: what is learned in bold green, control tokens in magenta, the rest plain.
-
-    With a tokenizer each token is drawn from its own mask and bytes; without one the text's segments are drawn.
-    """
-    from rich.text import Text
-
-    shown = Text()
-    if tokenizer is None:
-        for segment in segments_of(conversation, control_of(None), template):
-            shown.append(segment.text, style=_style(segment.is_target, segment.token_id is not None))
-        return shown
-    row = render(conversation, tokenizer, template)
-    run, run_style = b"", ""
-    for token_id, is_target in zip(row.ids, row.is_target, strict=True):
-        is_control = token_id in tokenizer.special_ids
-        style = _style(is_target, is_control)
-        if style != run_style:
-            shown.append(run.decode("utf-8", "replace"), style=run_style)
-            run, run_style = b"", style
-        run += tokenizer.piece(token_id).encode() if is_control else tokenizer.token_bytes(token_id)
-    shown.append(run.decode("utf-8", "replace"), style=run_style)
-    return shown
-
-
-def _style(is_target: bool, is_control: bool) -> str:
-    colour = "magenta" if is_control else "green" if is_target else ""
-    return " ".join(part for part in ("bold" if is_target else "", colour) if part)

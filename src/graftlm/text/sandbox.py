@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from graftlm.errors import UserError
@@ -81,8 +82,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "**" and not (_is_small(left, 1000) and _is_small(right, 16)):
             raise SecurityError("the template raised a number to a large power")
         if operator == "*" and not (_is_number(left) and _is_number(right)):
-            times = left if isinstance(left, int) else right
-            _check_length(len(right if isinstance(left, int) else left) * max(int(times), 0))
+            times, repeated = (left, right) if isinstance(left, int) else (right, left)
+            _check_length(len(repeated) * max(int(times), 0))
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             _check_length(len(left) + len(right))
         if operator == "%" and isinstance(left, str):

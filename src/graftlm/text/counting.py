@@ -1,0 +1,99 @@
+"""The data step's account: what became of every row of every file.
+
+Owns the numbers a person reads before training, in `data.json`, in the run's report and from `graftlm data`. Does not
+decide anything about a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from graftlm.text.dialogue import Conversation
+from graftlm.text.fit import Fitted
+from graftlm.text.readers import Reading
+from graftlm.text.rows import TokenRows
+from graftlm.text.tally import Tally
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of every row of the sources: `rows_read` = `rows_kept` + all of `heldout_rows` + all of `dropped`.
+
+    A row is a dialogue of a file; `token_rows` is what they became for training (one for each answer under the card's
+    template). `dropped` (left out), `cut` (kept without a part; `answers_left_out` in all) and `cleaned` count by
+    reason, `examples` names rows. `tokens`, `labels` and `length_quantiles` are of the training rows.
+    """
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    format: str = ""
+    tokens: int = 0
+    labels: int = 0
+    token_rows: int = 0
+    heldout_rows: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    answers_left_out: int = 0
+    cleaned: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_language: dict[str, int] = field(default_factory=dict)
+    length_quantiles: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Counting:
+    """The tallies of one data step, on their way into its report."""
+
+    rows_read: int = 0
+    dropped: Tally = field(default_factory=Tally)
+    cut: Tally = field(default_factory=Tally)
+    cleaned: Tally = field(default_factory=Tally)
+    answers_left_out: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, reading: Reading) -> None:
+        """Count what was read of one source."""
+        self.rows_read += reading.num_rows
+        self.files |= reading.files
+        for own, found in ((self.dropped, reading.dropped), (self.cut, reading.cut), (self.cleaned, reading.cleaned)):
+            own.merge(found)
+
+    def is_kept(self, fitted: Fitted) -> bool:
+        """Count what became of one dialogue; whether it has rows."""
+        if not fitted.rows:
+            self.dropped.add(fitted.problem, fitted.conversation.source)
+            return False
+        if fitted.is_cut:
+            self.cut.add("longer than the limit: cut at a turn", fitted.conversation.source)
+        self.answers_left_out += fitted.num_left_out
+        return True
+
+    def report(self, kept: Sequence[Conversation], rows: TokenRows) -> DataReport:
+        """The report on the dialogues kept for training and their token rows."""
+        tallies = (self.dropped, self.cut, self.cleaned)
+        report = DataReport(
+            rows_read=self.rows_read,
+            rows_kept=len(kept),
+            dropped=self.dropped.counts,
+            format=", ".join(dict.fromkeys(facts["format"] for facts in self.files.values())),
+            tokens=rows.num_tokens,
+            labels=rows.num_targets,
+            token_rows=len(rows),
+            cut=self.cut.counts,
+            answers_left_out=self.answers_left_out,
+            cleaned=self.cleaned.counts,
+            examples={reason: where for tally in tallies for reason, where in tally.examples.items()},
+            files=self.files,
+        )
+        for conversation in kept:
+            report.by_language[conversation.language] = report.by_language.get(conversation.language, 0) + 1
+        if len(rows):
+            quantiles = np.quantile(rows.lengths, (0.5, 0.9, 0.99, 1.0))
+            names = ("median", "p90", "p99", "longest")
+            report.length_quantiles = {name: int(value) for name, value in zip(names, quantiles, strict=True)}
+        return report
