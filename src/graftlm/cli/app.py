@@ -28,11 +28,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: rich and its markdown would take longer than all the rest
 )
 tokenizer_app = typer.Typer(
     no_args_is_help=True,
     help="Graft, check and measure tokenizers.",
+    rich_markup_mode=None,
     epilog="Example: graftlm tokenizer check base/ grafted/ --text zh.jsonl",
 )
 

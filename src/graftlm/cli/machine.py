@@ -9,7 +9,7 @@ from graftlm.cli.show import show
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Versions, devices and what each can do, free disk and memory.
+    """Versions, devices and what each can do, free room.
 
     Example: graftlm doctor
     """

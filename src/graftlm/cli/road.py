@@ -16,11 +16,16 @@ INITS = "normal, mean, subpiece-mean, subpiece-mean-norm or similarity"
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file; recipes/ holds examples.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...", help="Knobs of the recipe to change; docs/guide.md lists them."
+        ),
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Walk the whole road of a recipe; run it again to continue or to redo what changed.
+    """Walk the whole road of a recipe. Run it again to continue or to redo what changed.
 
     Example: graftlm run recipes/demo.yaml --out runs/demo stages.full.epochs=2
     """
@@ -35,7 +40,12 @@ def run(
         return
     if result.questions:
         _show_questions(result.questions)
-    print(f"model   {result.model}\nreport  {result.report}\nchat    {Path(sys.argv[0])} chat {result.model}")
+    print(f"model   {result.model}\nreport  {result.report}\nchat    {_program()} chat {result.model}")
+
+
+def _program() -> str:
+    """How this program was called, for a line to type."""
+    return "python -m graftlm" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
 
 
 def _show_questions(questions: dict[str, Any]) -> None:
@@ -64,7 +74,7 @@ def expand(
     seed: Annotated[int, typer.Option(help="Of the rows drawn by chance.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Grow a model's embedding and head to a grafted tokenizer; old logits are proved unchanged.
+    """Grow a model to a grafted tokenizer. Old logits are proved unchanged.
 
     Example: graftlm expand --model base/ --tokenizer grafted/ --out grown/
     """
@@ -80,10 +90,14 @@ def export(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model in another form; it is re-loaded and its logits compared.
+    """Write a run's model in another form. It is loaded again and its logits compared.
 
     Example: graftlm export runs/demo --to adapter --out demo-adapter
     """
+    from graftlm.errors import UserError
+
+    if to == "gguf":
+        raise UserError("GGUF files are not written yet.", "Choose --to hf (one merged folder) or --to adapter.")
     from graftlm.pipeline import export_run
 
     show(export_run(run_folder, to, out), as_json)

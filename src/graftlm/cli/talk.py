@@ -31,7 +31,7 @@ def chat(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Talk with a model; /help in the talk lists its commands.
+    """Talk with a model. /help in the talk lists its commands.
 
     Example: graftlm chat runs/demo/6-model --once 你好
     """
@@ -73,7 +73,7 @@ def generate(
 ) -> None:
     """Answer a file of prompts, batched and resumable.
 
-    Example: graftlm generate runs/demo/6-model --input prompts.jsonl --output answers.jsonl
+    Example: graftlm generate runs/demo --input asked.jsonl --output said.jsonl
     """
     from graftlm.talk.sampling import Sampling
 
@@ -89,7 +89,7 @@ def eval_verb(
     files: Annotated[list[str], typer.Option("--data", help="Held-out dialogues; may be repeated.")],
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss per answer token and in bits per byte, with 95 % intervals.
+    """Held-out loss and bits per byte, with 95 % intervals.
 
     Example: graftlm eval runs/demo/6-model --data heldout.jsonl
     """

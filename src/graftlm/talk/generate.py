@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from graftlm.device import pick_device
 from graftlm.errors import UserError
 from graftlm.model.causal import check_ids, empty_causal, find_model, head_weight, load_causal
-from graftlm.run import DONE, say
+from graftlm.run import DONE, RECIPE, say
 from graftlm.talk.sampling import GREEDY, Draw, Sampling
 from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
@@ -255,14 +255,23 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
 
 
 def model_of_run(path: str | Path) -> str | Path:
-    """The finished model inside a run folder; anything else as it is. Raises UserError for an unfinished run."""
+    """The finished model inside a run folder; anything else as it is.
+
+    Raises UserError for an unfinished run, a step's folder that holds no whole model, or a bare adapter.
+    """
     folder = Path(path)
-    if not (folder / "recipe.json").is_file():
-        return path
-    finished = [model for model in folder.glob("*-model") if (model / DONE).is_file()]
-    if not finished:
-        raise UserError(f"The run in {folder} has no finished model yet.", "Run its recipe again to continue it.")
-    return finished[0]
+    if (folder / RECIPE).is_file():
+        finished = [model for model in folder.glob("[0-9]*-model") if (model / DONE).is_file()]
+        if not finished:
+            raise UserError(f"The run in {folder} has no finished model yet.", "Run its recipe again to continue it.")
+        return finished[0]
+    if (folder.absolute().parent / RECIPE).is_file() and not (folder / DONE).is_file():
+        raise UserError(f"{folder} is a step of a run that is not finished.", "Run its recipe again to continue it.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{folder} is an adapter, not a whole model.", "Export the run with --to hf.")
+        raise UserError(f"{folder} holds no model: there is no config.json.", "Give a run's folder, or its N-model.")
+    return path
 
 
 def _answer_ends(tokenizer: Tokenizer, template: Template) -> set[int]:
