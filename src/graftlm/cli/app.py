@@ -63,12 +63,19 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough (`graftlm ... | head`). Python would complain once more on leaving.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _stop_writing()
+    except SystemExit as left:
+        # Typer catches a broken pipe itself and leaves with 1, which here means a fault of ours.
+        code = _stop_writing() if isinstance(left.__context__, BrokenPipeError) else left.code
     except Exception as error:
         code = _tell_other(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop_writing() -> int:
+    """Whoever read our output has seen enough (`graftlm ... | head`). Python would complain once more on leaving."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    return 0
 
 
 def _tell(code: int, problem: str, fix: str) -> int:
