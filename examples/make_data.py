@@ -1,6 +1,6 @@
 """Write the data of this repository's recipes: `python examples/make_data.py`, or `--check` to compare.
 
-Owns: the files of `examples/data/` apart from the hand-written sources `handwritten.*`.
+Owns: the files of `examples/data/` apart from what is written by hand, in `handwritten/`.
 Does not know: `graftlm`, tokenizers, models; it needs nothing but Python.
 Place on the road: before it. Same seed, same bytes, on every machine.
 """
@@ -12,28 +12,33 @@ import sys
 from pathlib import Path
 
 from data_kinds.chinese import running_text
-from data_kinds.english import FRAME_LINES, english_kind, framed, paragraphs
+from data_kinds.english import english_kind, framed, paragraphs, transcripts
 from data_kinds.schema import Candidate, Kind, Split, split
 from data_kinds.several import several_kinds
 from data_kinds.single import single_kinds
 
 SEED = 7
 DATA = Path(__file__).parent / "data"
-NUM_HANDWRITTEN_HELDOUT = 20
+HANDWRITTEN = DATA / "handwritten"
+NUM_HANDWRITTEN_HELDOUT = 24
 ENGLISH_BYTES = 190_000
 ENGLISH_HELDOUT_BYTES = 6_000
 NUM_FRAMED = 120
 
 
-def read_handwritten() -> list[dict]:
-    """The dialogues written by hand, in file order."""
-    lines = (DATA / "handwritten.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line]
+def read_handwritten() -> list[tuple[str, tuple[str, ...]]]:
+    """The dialogues written by hand: an id from file and line, and the turns; files in the order of their names."""
+    found = []
+    for path in sorted(HANDWRITTEN.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            turns = tuple(message["content"] for message in json.loads(line)["messages"])
+            found.append((f"handwritten-{path.stem}-{number:03d}", turns))
+    return found
 
 
 def read_prose(name: str) -> list[str]:
     """The paragraphs of a hand-written text, one a line."""
-    lines = (DATA / f"handwritten.{name}").read_text(encoding="utf-8").splitlines()
+    lines = (HANDWRITTEN / name).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -58,12 +63,12 @@ def jsonl(rows: list[dict]) -> str:
 def dialogue_files(kinds: list[Kind], chosen: Split) -> dict[str, str]:
     """Training and held-out dialogues, shuffled together with the hand-written ones, and the list of kinds."""
     dice = random.Random(SEED)
-    handwritten = [tuple(m["content"] for m in row["messages"]) for row in read_handwritten()]
+    handwritten = read_handwritten()
     kept_back = set(dice.sample(range(len(handwritten)), NUM_HANDWRITTEN_HELDOUT))
     rows: dict[str, list[dict]] = {"train": [], "heldout": []}
-    for number, turns in enumerate(handwritten):
+    for number, (row_id, turns) in enumerate(handwritten):
         part = "heldout" if number in kept_back else "train"
-        rows[part].append(to_row(f"handwritten-{number:04d}", "handwritten", turns, part == "train"))
+        rows[part].append(to_row(row_id, "handwritten", turns, part == "train"))
     summary: dict[str, dict] = {}
     for kind in kinds:
         train, heldout = chosen.train[kind.name], chosen.heldout[kind.name]
@@ -94,7 +99,7 @@ def english_files() -> dict[str, str]:
     prose, prose_heldout = read_prose("english.txt"), read_prose("english.heldout.txt")
     generated = paragraphs(ENGLISH_BYTES, f"{SEED}:train")
     unseen = [p for p in paragraphs(ENGLISH_HELDOUT_BYTES, f"{SEED}:heldout") if p not in set(generated)]
-    body = [*prose, *generated, *framed(dice.sample(train, NUM_FRAMED)), *FRAME_LINES[3:]]
+    body = [*prose, *generated, *framed(dice.sample(train, NUM_FRAMED)), *transcripts(dice.sample(train, NUM_FRAMED))]
     dice.shuffle(body)
     dice.shuffle(train)
     return {

@@ -7,17 +7,18 @@ Place on the road: the base of the demo learns this text before any Chinese is g
 import random
 
 from data_kinds.schema import Candidate, Kind
+from data_kinds.tables import lines, listed, table
 from data_kinds.words import THINGS
 from data_kinds.world import COUNTRIES
 
-NUMBERS = (
+NUMBERS = listed(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty"
-).split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+)
+WEEKDAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = listed("January February March April May June July August September October November December")
 MONTH_DAYS = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
-SEASONS = "winter winter spring spring spring summer summer summer autumn autumn autumn winter".split()
+SEASONS = listed("winter winter spring spring spring summer summer summer autumn autumn autumn winter")
 CLASSES = {
     "水果": "fruit",
     "动物": "animal",
@@ -28,15 +29,12 @@ CLASSES = {
     "乐器": "musical instrument",
     "衣物": "piece of clothing",
 }
-ANTONYMS = [
-    pair.split("|")
-    for pair in (
-        "big|small long|short fast|slow hot|cold black|white up|down left|right inside|outside new|old early|late "
-        "far|near heavy|light true|false good|bad high|low buy|sell strong|weak wide|narrow thick|thin deep|shallow "
-        "soft|hard wet|dry safe|dangerous simple|complex friend|enemy day|night clean|dirty quiet|noisy brave|timid "
-        "remember|forget open|closed full|empty rich|poor sweet|bitter win|lose"
-    ).split()
-]
+ANTONYMS = table(
+    "big|small long|short fast|slow hot|cold black|white up|down left|right inside|outside new|old early|late "
+    "far|near heavy|light true|false good|bad high|low buy|sell strong|weak wide|narrow thick|thin deep|shallow "
+    "soft|hard wet|dry safe|dangerous simple|complex friend|enemy day|night clean|dirty quiet|noisy brave|timid "
+    "remember|forget open|closed full|empty rich|poor sweet|bitter win|lose"
+)
 UNITS = [
     "A metre has 100 centimetres.",
     "A kilometre has 1000 metres.",
@@ -53,9 +51,7 @@ UNITS = [
     "Half an hour is 30 minutes.",
     "A quarter of an hour is 15 minutes.",
 ]
-DEFINITIONS = [
-    line.split("|")
-    for line in """
+DEFINITIONS = lines("""
 hospital|A hospital is a place where sick people are treated.
 school|A school is a place where students learn.
 library|A library is a place where people read and borrow books.
@@ -82,25 +78,22 @@ desert|A desert is a place with very little rain.
 island|An island is land with water all around it.
 volcano|A volcano is a mountain that can throw out hot rock.
 earthquake|An earthquake is a sudden shaking of the ground.
-""".strip().splitlines()
-]
+""")
 # alternately "he" and "she"
-PEOPLE = "Tom Anna Peter Lucy Ben Mary Jack Emma Sam Nora Paul Ella Max Rosa Leo Ida".split()
-TOWN = "market library school park station museum harbour bakery garden farm zoo".split()
-RELATIVES = "mother father sister brother aunt uncle grandmother grandfather friend neighbour teacher".split()
-TOPICS = "sea river mountain moon sun rain snow wind tree school city music bread rice tea".split()
-MOODS = "happy tired hungry sad proud surprised calm worried glad curious".split()
+PEOPLE = listed("Tom Anna Peter Lucy Ben Mary Jack Emma Sam Nora Paul Ella Max Rosa Leo Ida")
+TOWN = listed("market library school park station museum harbour bakery garden farm zoo")
+RELATIVES = listed("mother father sister brother aunt uncle grandmother grandfather friend neighbour teacher")
+TOPICS = listed("sea river mountain moon sun rain snow wind tree school city music bread rice tea")
+MOODS = listed("happy tired hungry sad proud surprised calm worried glad curious")
 WEATHERS = ["The sun was shining", "It was raining", "It was cold", "The wind was strong", "Snow was falling"]
 WEATHERS += ["The sky was grey", "It was a warm morning", "The evening was quiet", "The streets were wet"]
 ENDS = ["Then they all went home.", "It was a good day.", "Nobody was in a hurry.", "In the end they laughed."]
 ENDS += ["Soon it was time for dinner.", "They decided to come again next week.", "After that it grew dark."]
-FRAME_LINES = [
+FRAME_LINES = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:",
     "### Response:",
-    "Human:",
-    "Assistant:",
-]
+)
 
 
 def article(noun: str) -> str:
@@ -188,7 +181,9 @@ def story(dice: random.Random) -> str:
     animal = dice.choice([en for _, en, g in THINGS if g == "动物"])
     a, b = dice.randint(2, 9), dice.randint(2, 9)
     pronoun = "his" if PEOPLE.index(who) % 2 == 0 else "her"
-    opening = f"{dice.choice(WEATHERS)} on {dice.choice(WEEKDAYS)}, and {who} went to the {place} with {pronoun} {relative}."
+    opening = (
+        f"{dice.choice(WEATHERS)} on {dice.choice(WEEKDAYS)}, and {who} went to the {place} with {pronoun} {relative}."
+    )
     middle = [
         f"On the way they saw {article(animal)}.",
         f"{who} bought {NUMBERS[a]} {fruit} and {friend} bought {NUMBERS[b]}.",
@@ -221,12 +216,15 @@ def paragraphs(num_bytes: int, seed: str) -> list[str]:
 
 
 def framed(dialogues: list[Candidate]) -> list[str]:
-    """The dialogues as the card's prompt prints them, so that the frame becomes a few pieces of the base."""
-    result = []
-    for candidate in dialogues:
-        question, answer = candidate.turns[0], candidate.turns[-1]
-        result.append(f"{FRAME_LINES[0]}\n\n{FRAME_LINES[1]}\n\n{question}\n\n{FRAME_LINES[2]}\n\n{answer}")
-    return result
+    """The dialogues as the card's prompt prints them (without its empty lines, which end a document), so that the
+    words of the frame become a piece each."""
+    start, instruction, response = FRAME_LINES
+    return [f"{start}\n{instruction}\n{c.turns[0]}\n{response}\n{c.turns[-1]}" for c in dialogues]
+
+
+def transcripts(dialogues: list[Candidate]) -> list[str]:
+    """The dialogues as spoken lines, so that the two speakers of the card's prompt become a piece each."""
+    return [f"\u201cHuman: {c.turns[0]}\u201d \u201cAssistant: {c.turns[-1]}\u201d" for c in dialogues]
 
 
 def english_kind() -> Kind:
@@ -239,13 +237,21 @@ def english_kind() -> Kind:
         cores = [f"What is the opposite of {one}?", f"Which word means the opposite of {one}?"]
         rows.append((one, [*cores, f"Give the opposite of {one}."], f"The opposite of {one} is {two}."))
     for noun, sentence in DEFINITIONS:
-        cores = [f"What is {article(noun)}?", f"Explain what {article(noun)} is.", f"Can you tell me what {article(noun)} is?"]
+        cores = [
+            f"What is {article(noun)}?",
+            f"Explain what {article(noun)} is.",
+            f"Can you tell me what {article(noun)} is?",
+        ]
         rows.append((noun, cores, sentence))
     for number, day in enumerate(WEEKDAYS):
         cores = [f"Which day comes after {day}?", f"What is the day after {day}?", f"What day follows {day}?"]
         rows.append((day, cores, f"{WEEKDAYS[(number + 1) % 7]} comes after {day}."))
     for number, month in enumerate(MONTHS):
-        cores = [f"Which month comes after {month}?", f"What is the month after {month}?", f"What month follows {month}?"]
+        cores = [
+            f"Which month comes after {month}?",
+            f"What is the month after {month}?",
+            f"What month follows {month}?",
+        ]
         rows.append((month, cores, f"{MONTHS[(number + 1) % 12]} comes after {month}."))
     candidates = [Candidate(fact, (core, answer)) for fact, cores, answer in rows for core in cores]
     return Kind("english", "English", candidates, 2, 40)

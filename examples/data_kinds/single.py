@@ -43,9 +43,7 @@ def fill(templates: Sequence[str], **slots: object) -> list[str]:
     return [template.format(**slots) for template in templates]
 
 
-def facts_to_candidates(
-    rows: Sequence[tuple[str, str, dict[str, object]]], cores: Sequence[str]
-) -> list[Candidate]:
+def facts_to_candidates(rows: Sequence[tuple[str, str, dict[str, object]]], cores: Sequence[str]) -> list[Candidate]:
     """Rows of (fact, answer, slots) asked through every core question."""
     return [c for fact, answer, slots in rows for c in ask(fact, fill(cores, **slots), answer)]
 
@@ -72,9 +70,7 @@ def arithmetic_large() -> Kind:
     """Sums of two-digit numbers that training never shows: not learnable at this size, asked for honesty."""
     cores = ["{a}加{b}等于几？", "{a}加{b}是多少？"]
     rows = [
-        (f"{a}加{b}", f"{a}加{b}等于{a + b}。", {"a": a, "b": b})
-        for a in range(11, 60, 4)
-        for b in range(12, 48, 5)
+        (f"{a}加{b}", f"{a}加{b}等于{a + b}。", {"a": a, "b": b}) for a in range(11, 60, 4) for b in range(12, 48, 5)
     ]
     return Kind("arithmetic_large", "两位数加法", facts_to_candidates(rows, cores), 1, 15, False)
 
@@ -97,7 +93,11 @@ def units() -> Kind:
 
 def weekday() -> Kind:
     """The weekday some days before or after a given one."""
-    cores = ["今天星期{day}，{when}星期几？", "今天是星期{day}，{when}是星期几？", "如果今天星期{day}，{when}是星期几？"]
+    cores = [
+        "今天星期{day}，{when}星期几？",
+        "今天是星期{day}，{when}是星期几？",
+        "如果今天星期{day}，{when}是星期几？",
+    ]
     cores += ["今天周{day}，{when}周几？", "今天是周{day}，那么{when}是星期几？"]
     rows = []
     for number, day in enumerate(WEEKDAYS):
@@ -113,7 +113,9 @@ def months() -> Kind:
     for number, month in enumerate(MONTHS):
         after, before = MONTHS[(number + 1) % 12], MONTHS[number - 1]
         days, season = MONTH_DAYS[number], SEASONS[number]
-        cores = fill(["{m}的下一个月是几月？", "{m}过完是几月？", "{m}后面是哪个月？", "{m}之后的一个月是几月？"], m=month)
+        cores = fill(
+            ["{m}的下一个月是几月？", "{m}过完是几月？", "{m}后面是哪个月？", "{m}之后的一个月是几月？"], m=month
+        )
         result += ask(month + ">", cores, f"{month}的下一个月是{after}。")
         cores = fill(["{m}的上一个月是几月？", "{m}前面是哪个月？", "{m}之前的一个月是几月？"], m=month)
         result += ask(month + "<", cores, f"{month}的上一个月是{before}。")
@@ -164,7 +166,13 @@ def translation() -> list[Kind]:
 
 def geography() -> list[Kind]:
     """Capitals, continents and seats of the provinces."""
-    capital = ["{x}的首都是哪里？", "{x}的首都是哪座城市？", "{x}的首都叫什么？", "哪座城市是{x}的首都？", "{x}首都在哪儿？"]
+    capital = [
+        "{x}的首都是哪里？",
+        "{x}的首都是哪座城市？",
+        "{x}的首都叫什么？",
+        "哪座城市是{x}的首都？",
+        "{x}首都在哪儿？",
+    ]
     continent = ["{x}在哪个洲？", "{x}位于哪个大洲？", "{x}属于哪个洲？", "{x}是哪个洲的国家？"]
     seat = ["{x}省的省会是哪里？", "{x}的省会是哪座城市？", "{x}省会叫什么？", "哪座城市是{x}省的省会？"]
     capitals = [(row[0], f"{row[0]}的首都是{row[1]}。", {"x": row[0]}) for row in COUNTRIES]
