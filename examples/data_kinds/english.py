@@ -253,5 +253,5 @@ def english_kind() -> Kind:
             f"What month follows {month}?",
         ]
         rows.append((month, cores, f"{MONTHS[(number + 1) % 12]} comes after {month}."))
-    candidates = [Candidate(fact, (core, answer)) for fact, cores, answer in rows for core in cores]
+    candidates = [Candidate(fact, (core, answer), core) for fact, cores, answer in rows for core in cores]
     return Kind("english", "English", candidates, 2, 40)

@@ -14,10 +14,14 @@ REQUEST_PREFIXES = ("", "请你", "麻烦你", "考考你：")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One possible dialogue: `turns` alternate user, assistant, and end with the answer that is measured."""
+    """One possible dialogue: `turns` alternate user, assistant, and end with the answer that is measured.
+
+    `core` is what is asked apart from how politely: candidates of one core are the same question to the split.
+    """
 
     fact: str
     turns: tuple[str, ...]
+    core: str
 
     @property
     def prompt(self) -> tuple[str, ...]:
@@ -53,17 +57,17 @@ class Split:
 def ask(fact: str, cores: Iterable[str], answer: str) -> list[Candidate]:
     """All single-turn candidates of one fact: every fitting prefix before every core question or request."""
     return [
-        Candidate(fact, (prefix + core, answer))
+        Candidate(fact, (prefix + core, answer), core)
         for core in cores
         for prefix in (PREFIXES if core.endswith("？") else REQUEST_PREFIXES)
     ]
 
 
 def split(kinds: Sequence[Kind], seed: int) -> Split:
-    """Hold out whole (fact, phrasing) pairs, then take training rows that never contain a held-out prompt.
+    """Hold out whole questions, then take training rows that never contain one, however politely.
 
-    A held-out fact is always seen in training with other phrasings; a held-out prompt occurs in no training
-    dialogue, not even as its first turn.
+    A held-out fact is always seen in training, asked in other words or in another combination. A held-out prompt
+    occurs in no training dialogue, not even as its first turn, and neither does the same core.
     """
     result = Split()
     shuffled: dict[str, dict[str, list[Candidate]]] = {}
@@ -75,15 +79,23 @@ def split(kinds: Sequence[Kind], seed: int) -> Split:
         for group in by_fact.values():
             dice.shuffle(group)
         shuffled[kind.name] = by_fact
-        facts = [fact for fact, group in by_fact.items() if len(group) > 1]
+        facts = [fact for fact, group in by_fact.items() if len({c.core for c in group}) > 1]
         chosen = dice.sample(facts, min(kind.num_heldout, len(facts)))
         result.heldout[kind.name] = [by_fact[fact][0] for fact in chosen]
-    blocked = {candidate.prompt for rows in result.heldout.values() for candidate in rows}
+    held = [candidate for rows in result.heldout.values() for candidate in rows]
+    prompts, cores = {candidate.prompt for candidate in held}, {candidate.core for candidate in held}
     used: set[tuple[str, ...]] = set()
     for kind in kinds:
         rows: list[Candidate] = []
         for group in shuffled[kind.name].values():
-            free = [c for c in group if blocked.isdisjoint(c.prefixes) and c.prompt not in used]
+            free = [
+                c
+                for c in group
+                if c.core not in cores
+                and prompts.isdisjoint(c.prefixes)
+                and cores.isdisjoint(c.turns[:-1:2])
+                and c.prompt not in used
+            ]
             taken = free[: kind.num_per_fact]
             used.update(candidate.prompt for candidate in taken)
             rows.extend(taken)

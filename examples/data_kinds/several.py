@@ -33,7 +33,7 @@ def and_this(
             opening = dice.choice(firsts).format(x=first)
             again = dice.choice(AND_THIS).format(x=second)
             turns = (opening, answer.format(x=first, y=facts[first]), again, answer.format(x=second, y=value))
-            result.append(Candidate(f"{relation} {second}", turns))
+            result.append(Candidate(f"{relation} {second}", turns, f"{relation} {first} {second}"))
     return result
 
 
@@ -74,11 +74,11 @@ def followup_arithmetic() -> Kind:
                 opening = (f"{a}加{b}等于几？", f"{a}加{b}等于{total}。")
                 for again in (f"再加{c}呢？", f"再加上{c}呢？", f"然后再加{c}呢？"):
                     turns = (*opening, again, f"{total}加{c}等于{total + c}。")
-                    result.append(Candidate(f"{total}加{c}", turns))
+                    result.append(Candidate(f"{total}加{c}", turns, f"{a}加{b}再加{c}"))
                 for again in (f"再减{c}呢？", f"再减去{c}呢？", f"然后再减{c}呢？"):
                     if c < total:
                         turns = (*opening, again, f"{total}减{c}等于{total - c}。")
-                        result.append(Candidate(f"{total}减{c}", turns))
+                        result.append(Candidate(f"{total}减{c}", turns, f"{a}加{b}再减{c}"))
     return Kind("followup_arithmetic", "追问：再加2呢", result, 2, 14)
 
 
@@ -95,7 +95,7 @@ def followup_weekday() -> Kind:
                 answer = f"{second}是星期{WEEKDAYS[(number + offset) % 7]}。"
                 for again in AND_THIS[:3]:
                     turns = (opening, reply, again.format(x=second), answer)
-                    result.append(Candidate(f"{day}{second}", turns))
+                    result.append(Candidate(f"{day}{second}", turns, f"{day}{first}{second}"))
     return Kind("followup_weekday", "追问：那后天呢", result, 5, 12)
 
 
@@ -118,7 +118,7 @@ def memory() -> Kind:
                     if dice.random() < 0.4:
                         turns += dice.choice(between)
                     turns += [question, answer.format(x=value)]
-                    result.append(Candidate(f"{topic} {value}", tuple(turns)))
+                    result.append(Candidate(f"{topic} {value}", tuple(turns), f"{turns[0]} {question}"))
     return Kind("memory", "记住前文", result, 4, 16)
 
 

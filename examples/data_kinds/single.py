@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from data_kinds.schema import Candidate, Kind, ask
 from data_kinds.words import (
+    ADDRESSES,
     ANTONYMS,
     COLOURS,
-    GREETING_SHAPES,
     GREETINGS,
     IDIOMS,
     MEASURE_WORDS,
@@ -230,13 +230,14 @@ def elements() -> Kind:
 
 
 def greetings() -> Kind:
-    """Greetings, thanks, farewells and the model's account of itself."""
+    """Greetings, thanks, farewells and the model's account of itself; a mark at the end is no new question."""
     result = []
     for sayings, answer in GREETINGS:
         for saying in sayings.split("|"):
-            end = "？" if saying.endswith(("吗", "么", "谁", "领", "样", "何", "了吗", "饿", "些什么")) else ""
-            shapes = GREETING_SHAPES if not end else ("{x}？", "{x}", "嗨，{x}？", "小助手，{x}？")
-            result += [Candidate(answer, (shape.format(x=saying), answer)) for shape in shapes]
+            for address in ADDRESSES:
+                core = address + saying.rstrip("？")
+                ends = ("？",) if saying.endswith("？") else ("。", "！", "")
+                result += [Candidate(answer, (core + end, answer), core) for end in ends]
     return Kind("greetings", "问候与自我介绍", result, 14, 14)
 
 
