@@ -19,7 +19,8 @@ from graftlm.recipe import Source
 from graftlm.run import progress
 from graftlm.text.clean import BrokenText, clean, script_share, simplifier
 from graftlm.text.dialogue import Conversation, Message, Role
-from graftlm.text.files import File, Row, open_files
+from graftlm.text.files import File, open_files
+from graftlm.text.lines import Row
 from graftlm.text.tally import Tally
 
 NUM_ROWS_LOOKED_AT = 100

@@ -7,7 +7,7 @@ On the road: the data step writes them, every stage and evaluation reads them.
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
 import shutil
@@ -16,18 +16,21 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from graftlm.errors import DiskError, UserError
+from graftlm.run import disk_errors
 from graftlm.text.dialogue import Rendered
 
 if TYPE_CHECKING:
     from graftlm.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
+_SOURCES = "sources.txt"
+_AGAIN = "Prepare the data again (graftlm run redoes the data step)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +71,43 @@ class TokenRows:
         return int(self.target_bytes.sum())
 
     @classmethod
-    def load(cls, folder: str | Path, *, tokenizer: Tokenizer | None = None) -> TokenRows:
-        """Map the rows in `folder`. Raises: UserError if they are missing, cut short or of another tokenizer."""
+    def load(
+        cls, folder: str | Path, *, tokenizer: Tokenizer | None = None, template_fingerprint: str | None = None
+    ) -> TokenRows:
+        """Map the rows in `folder`.
+
+        Raises: UserError if they are missing, not as they were written, or of another tokenizer or template.
+        """
         folder = Path(folder)
-        again = "prepare the data again (graftlm run redoes the data step)"
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+                found = meta.get("format_version") if isinstance(meta, dict) else type(meta).__name__
+                raise UserError(f"{folder} has row format {found}, this version reads {FORMAT_VERSION}.", _AGAIN)
+            for name, digest in meta["sha256"].items():
+                if _sha256(folder / name) != digest:
+                    raise ValueError(f"{name} has changed since it was written")
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-            sources = (folder / "sources.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} holds no token rows: {Path(error.filename).name} is missing", again) from None
-        except (ValueError, EOFError) as error:
-            raise UserError(f"the token rows in {folder} are damaged: {error}", again) from None
-        if meta.get("format_version") != FORMAT_VERSION:
-            found = meta.get("format_version")
-            raise UserError(f"{folder} has row format {found}, this version reads {FORMAT_VERSION}", again)
+            sources = (folder / _SOURCES).read_text(encoding="utf-8").split("\n")[:-1]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            missing = Path(error.filename).name
+            raise UserError(f"{folder} holds no token rows: {missing} is missing.", _AGAIN) from None
+        except (ValueError, EOFError, KeyError, AttributeError) as error:
+            raise UserError(f"The token rows in {folder} are damaged: {error}.", _AGAIN) from None
         rows = cls(**arrays, sources=sources, meta=meta)
-        sizes = (len(rows.ids), len(rows.is_target), len(rows.target_bytes) + 1, len(sources) + 1)
-        if sizes != (rows.num_tokens, rows.num_tokens, len(rows.offsets), len(rows.offsets)):
-            raise UserError(f"the token rows in {folder} are damaged: their arrays differ in length", again)
-        if tokenizer is not None and meta.get("tokenizer") != tokenizer.fingerprint:
-            raise UserError(
-                f"the token rows in {folder} were made with another tokenizer "
-                f"({str(meta.get('tokenizer'))[:12]}, not {tokenizer.fingerprint[:12]})",
-                again,
-            )
+        if tokenizer is not None:
+            _refuse_other(folder, meta, "tokenizer", tokenizer.fingerprint)
+        if template_fingerprint is not None:
+            _refuse_other(folder, meta, "template", template_fingerprint)
         return rows
+
+
+def _refuse_other(folder: Path, meta: Mapping[str, Any], what: str, expected: str) -> None:
+    found = str(meta.get(what))
+    if found != expected:
+        raise UserError(
+            f"The token rows in {folder} were made with another {what} ({found[:12]}, not {expected[:12]}).", _AGAIN
+        )
 
 
 class RowsBuilder:
@@ -138,50 +152,71 @@ def rows_meta(tokenizer: Tokenizer, template_fingerprint: str, max_tokens: int) 
 def save_rows(rows: TokenRows, folder: str | Path) -> None:
     """Write `rows` so that `folder` is either complete or not there; an older one is replaced. Raises: DiskError."""
     folder = Path(folder)
+    needed_bytes = sum(getattr(rows, name).nbytes for name in _ARRAYS)
     partial: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        os.chmod(partial, 0o755)
-        for name in _ARRAYS:
-            with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, getattr(rows, name), allow_pickle=False)
-                _flush(file)
-        counts = {"rows": len(rows), "tokens": rows.num_tokens, "targets": rows.num_targets,
-                  "target_bytes": rows.num_target_bytes}  # fmt: skip
-        _write(partial / "sources.txt", "".join(f"{source}\n" for source in rows.sources))
-        _write(partial / "meta.json", json.dumps({**rows.meta, **counts}, indent=1, ensure_ascii=False))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise disk_error(error, folder, rows.ids.nbytes + rows.is_target.nbytes) from error
+        with disk_errors(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(folder.parent).free
+            if free_bytes < needed_bytes:
+                raise DiskError(
+                    f"The token rows need {needed_bytes:,} bytes below {folder.parent} and {free_bytes:,} are free.",
+                    "Free space or choose another --out, then run the same command again.",
+                )
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            os.chmod(partial, 0o755)
+            _write(rows, partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
     finally:
         if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def disk_error(error: OSError, path: Path, needed_bytes: int) -> DiskError:
-    """The DiskError for what writing to `path` met."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(place).free
-        return DiskError(
-            f"no space for {path}: about {needed_bytes:,} bytes are needed, {free:,} are free",
-            "free some space or choose another --out, then run the same command again",
-        )
-    return DiskError(f"{path} cannot be written: {error.strerror or error}", "choose another --out")
+def _write(rows: TokenRows, folder: Path) -> None:
+    digests = {}
+    for name in _ARRAYS:
+        with _HashedFile(folder / f"{name}.npy") as file:
+            np.save(file, getattr(rows, name), allow_pickle=False)
+        digests[f"{name}.npy"] = file.digest.hexdigest()
+    with _HashedFile(folder / _SOURCES) as file:
+        file.write("".join(f"{source}\n" for source in rows.sources).encode(errors="backslashreplace"))
+    digests[_SOURCES] = file.digest.hexdigest()
+    counts = {"rows": len(rows), "tokens": rows.num_tokens, "targets": rows.num_targets,
+              "target_bytes": rows.num_target_bytes}  # fmt: skip
+    with _HashedFile(folder / "meta.json") as file:
+        meta = {**rows.meta, **counts, "sha256": digests}
+        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
 
 
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
-        _flush(file)
+class _HashedFile:
+    """A file written through its own sha256, on disk when closed.
+
+    It is no real file object to NumPy, which would else write behind Python's back and hide the system's error number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.digest = hashlib.sha256()
+        self._file = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def write(self, data: bytes) -> int:
+        """Write and count into the hash."""
+        self.digest.update(data)
+        return self._file.write(data)
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_rows(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> Iterable[list[Rendered]]:
@@ -209,7 +244,7 @@ def _text_rows_of(ids: list[int], head: list[int], tokenizer: Tokenizer, max_tok
     body = [*ids, tokenizer.eos_id]
     room = max_tokens - len(head)
     if room < 2:
-        raise UserError(f"max_tokens: {max_tokens} leaves no room for text", "set it to 8 or more")
+        raise UserError(f"max_tokens: {max_tokens} leaves no room for text.", "Set it to 8 or more.")
     parts = [body[i : i + room] for i in range(0, len(body), room)]
     return [
         Rendered(

@@ -99,16 +99,27 @@ def find_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
         source = tokenizer.chat_template if tokenizer else None
         if not source:
             raise UserError(
-                "the tokenizer has no chat template" if tokenizer else "no tokenizer to take the template from",
-                "choose the template card or alpaca" + ("" if tokenizer else ", or name a tokenizer folder"),
+                "The tokenizer has no chat template." if tokenizer else "No tokenizer to take the template from.",
+                "Choose the template card or alpaca" + ("." if tokenizer else ", or name a tokenizer folder."),
             )
-    elif name.endswith(".jinja") and Path(name).is_file():
-        source = Path(name).read_text(encoding="utf-8")
+    elif name.endswith(".jinja"):
+        source = _read(Path(name))
     else:
         raise UserError(
-            f"no template is called {name!r}", "known are: card, alpaca, tokenizer, or the path of a .jinja file"
+            f"No template is called {name!r}.", "Known are: card, alpaca, tokenizer, or the path of a .jinja file."
         )
     for template in BUILT_IN.values():
         if template.jinja == source:
             return template
     return Template(name, source, "all")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The template {path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(
+            f"The template {path} cannot be read: {error.strerror}.", "Name a file, or choose card or alpaca."
+        ) from None

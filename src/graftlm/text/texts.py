@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
-from graftlm.text.files import open_files, read_lines
+from graftlm.text.files import open_files
+from graftlm.text.lines import read_lines
 
 COLUMN_NAMES_NOT_SAID = frozenset({"id", "from", "role", "kind", "source", "language"})
 """Fields whose strings are labels, not text."""
