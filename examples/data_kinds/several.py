@@ -15,7 +15,7 @@ NUM_PARTNERS = 12
 
 # relation -> first question, answer
 WORD_RELATIONS = {
-    "english": (["“{x}”用英语怎么说？", "“{x}”的英文是什么？"], "{x}的英语是{y}。"),
+    "english": (["“{x}”用英语怎么说？", "“{x}”的英文是什么？"], "{x}的英语是 {y}。"),
     "class": (["{x}属于哪一类？", "{x}算哪一类？"], "{x}属于{y}。"),
     "antonym": (["“{x}”的反义词是什么？", "说出“{x}”的反义词。"], "“{x}”的反义词是“{y}”。"),
     "measure": (["“{x}”用什么量词？", "“{x}”的量词是什么？"], "一{y}{x}。"),
@@ -46,7 +46,7 @@ def followup_places() -> Kind:
     result = and_this(capitals, capital, "{x}的首都是{y}。", "capital", dice)
     continent = ["{x}在哪个洲？", "{x}位于哪个大洲？", "{x}属于哪个洲？"]
     result += and_this(continents, continent, "{x}在{y}。", "continent", dice)
-    return Kind("followup_places", "追问：那法国呢", result, 4, 14)
+    return Kind("followup_places", "追问：那法国呢", result, 3, 14)
 
 
 def followup_words() -> Kind:
@@ -70,15 +70,15 @@ def followup_arithmetic() -> Kind:
     for a in range(1, 9):
         for b in range(1, 10 - a):
             total = a + b
-            for c in range(1, 10):
-                opening = (f"{a}加{b}等于几？", f"{a}加{b}等于{total}。")
+            opening = (f"{a}加{b}等于几？", f"{a}加{b}等于{total}。")
+            for c in range(1, 11 - total):
                 for again in (f"再加{c}呢？", f"再加上{c}呢？", f"然后再加{c}呢？"):
                     turns = (*opening, again, f"{total}加{c}等于{total + c}。")
                     result.append(Candidate(f"{total}加{c}", turns, f"{a}加{b}再加{c}"))
+            for c in range(1, total):
                 for again in (f"再减{c}呢？", f"再减去{c}呢？", f"然后再减{c}呢？"):
-                    if c < total:
-                        turns = (*opening, again, f"{total}减{c}等于{total - c}。")
-                        result.append(Candidate(f"{total}减{c}", turns, f"{a}加{b}再减{c}"))
+                    turns = (*opening, again, f"{total}减{c}等于{total - c}。")
+                    result.append(Candidate(f"{total}减{c}", turns, f"{a}加{b}再减{c}"))
     return Kind("followup_arithmetic", "追问：再加2呢", result, 2, 14)
 
 
@@ -96,7 +96,7 @@ def followup_weekday() -> Kind:
                 for again in AND_THIS[:3]:
                     turns = (opening, reply, again.format(x=second), answer)
                     result.append(Candidate(f"{day}{second}", turns, f"{day}{first}{second}"))
-    return Kind("followup_weekday", "追问：那后天呢", result, 5, 12)
+    return Kind("followup_weekday", "追问：那后天呢", result, 4, 12)
 
 
 def memory() -> Kind:
@@ -115,11 +115,11 @@ def memory() -> Kind:
             for saying in sayings:
                 for question in questions:
                     turns = [saying.format(x=value), reply.format(x=value)]
-                    if dice.random() < 0.4:
+                    if dice.random() < 0.3:
                         turns += dice.choice(between)
                     turns += [question, answer.format(x=value)]
                     result.append(Candidate(f"{topic} {value}", tuple(turns), f"{turns[0]} {question}"))
-    return Kind("memory", "记住前文", result, 4, 16)
+    return Kind("memory", "记住前文", result, 3, 16)
 
 
 def several_kinds() -> list[Kind]:

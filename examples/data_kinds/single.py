@@ -49,11 +49,11 @@ def facts_to_candidates(rows: Sequence[tuple[str, str, dict[str, object]]], core
 
 
 def arithmetic() -> Kind:
-    """Sums, differences and products of one-digit numbers."""
+    """Sums up to ten, differences and products of one-digit numbers."""
     cores = ["{a}{op}{b}等于几？", "{a}{op}{b}是多少？", "{a}{sign}{b}=？", "{a}和{b}的{name}是多少？"]
     cores += ["算一算：{a}{op}{b}。", "{a}{op}{b}得几？"]
-    pairs = [("加", a, b) for a in range(1, 10) for b in range(1, 10)]
-    pairs += [("减", a, b) for a in range(2, 10) for b in range(1, a)]
+    pairs = [("加", a, b) for a in range(1, 10) for b in range(1, 11 - a)]
+    pairs += [("减", a, b) for a in range(2, 11) for b in range(1, a)]
     pairs += [("乘", a, b) for a in range(2, 10) for b in range(a, 10)]
     rows = [
         (
@@ -63,22 +63,22 @@ def arithmetic() -> Kind:
         )
         for op, a, b in pairs
     ]
-    return Kind("arithmetic", "一位数加减乘", facts_to_candidates(rows, cores), 4, 24)
+    return Kind("arithmetic", "十以内加减和乘法口诀", facts_to_candidates(rows, cores), 4, 24)
 
 
 def arithmetic_large() -> Kind:
     """Sums of two-digit numbers that training never shows: not learnable at this size, asked for honesty."""
     cores = ["{a}加{b}等于几？", "{a}加{b}是多少？"]
     rows = [
-        (f"{a}加{b}", f"{a}加{b}等于{a + b}。", {"a": a, "b": b}) for a in range(11, 60, 4) for b in range(12, 48, 5)
+        (f"{a}加{b}", f"{a}加{b}等于{a + b}。", {"a": a, "b": b}) for a in range(11, 60, 7) for b in range(12, 48, 7)
     ]
     return Kind("arithmetic_large", "两位数加法", facts_to_candidates(rows, cores), 1, 15, False)
 
 
 def comparison() -> Kind:
-    """Which of two numbers up to 20 is larger."""
+    """Which of two numbers up to 12 is larger."""
     cores = ["{a}和{b}哪个大？", "{a}和{b}相比，谁更大？", "{a}与{b}，哪个数更大？", "在{a}和{b}当中，哪个比较大？"]
-    pairs = [(a, b) for a in range(1, 20) for b in range(1, 20) if a != b and (7 * a + 3 * b) % 5 == 0]
+    pairs = [(a, b) for a in range(1, 13) for b in range(1, 13) if a != b and (7 * a + 3 * b) % 3 == 0]
     rows = [(f"{a} {b}", f"{max(a, b)}更大。", {"a": a, "b": b}) for a, b in pairs]
     return Kind("comparison", "比较大小", facts_to_candidates(rows, cores), 2, 12)
 
@@ -88,7 +88,7 @@ def units() -> Kind:
     cores = ["{whole}等于多少{part}？", "{whole}是多少{part}？", "{whole}有多少{part}？", "{whole}合多少{part}？"]
     cores += ["多少{part}等于{whole}？"]
     rows = [(f"{w}/{p}", f"{w}等于{n}{p}。", {"whole": w, "part": p}) for w, p, n in UNITS]
-    return Kind("units", "单位换算", facts_to_candidates(rows, cores), 5, 12)
+    return Kind("units", "单位换算", facts_to_candidates(rows, cores), 5, 10)
 
 
 def weekday() -> Kind:
@@ -104,7 +104,7 @@ def weekday() -> Kind:
         for when, offset in DAY_OFFSETS.items():
             answer = f"{when}是星期{WEEKDAYS[(number + offset) % 7]}。"
             rows.append((day + when, answer, {"day": day, "when": when}))
-    return Kind("weekday", "星期推算", facts_to_candidates(rows, cores), 6, 12)
+    return Kind("weekday", "星期推算", facts_to_candidates(rows, cores), 5, 12)
 
 
 def months() -> Kind:
@@ -131,7 +131,7 @@ def festivals() -> Kind:
     """The day of a festival."""
     cores = ["{x}是几月几日？", "{x}是哪一天？", "{x}在什么时候？", "哪一天是{x}？", "每年的{x}是哪天？"]
     rows = [(name, f"{name}是{day}。", {"x": name}) for name, day in FESTIVALS]
-    return Kind("festivals", "节日", facts_to_candidates(rows, cores), 6, 8)
+    return Kind("festivals", "节日", facts_to_candidates(rows, cores), 5, 8)
 
 
 def sequence() -> Kind:
@@ -143,7 +143,7 @@ def sequence() -> Kind:
         result += ask(animal + ">", fill(cores, x=animal), f"{animal}的后面是{after}。")
         cores = ["十二生肖里，{x}的前面是什么？", "生肖中排在{x}前面的是什么？", "生肖{x}的上一个是什么？"]
         result += ask(animal + "<", fill(cores, x=animal), f"{animal}的前面是{before}。")
-    for number in range(1, 30):
+    for number in range(1, 20):
         cores = ["{x}后面的数是几？", "{x}的下一个数是几？", "数完{x}该数几？", "紧跟在{x}后面的数是几？"]
         result += ask(str(number), fill(cores, x=number), f"{number}后面的数是{number + 1}。")
     return Kind("sequence", "顺序", result, 4, 12)
@@ -154,10 +154,10 @@ def translation() -> list[Kind]:
     pairs = [(zh, en) for zh, en, _ in THINGS] + [(zh, en) for zh, en in WORDS]
     to_english = ["“{x}”用英语怎么说？", "“{x}”的英文是什么？", "把“{x}”翻译成英语。", "英语里“{x}”怎么说？"]
     to_english += ["“{x}”翻译成英文是什么？"]
-    to_chinese = ["“{x}”是什么意思？", "英语单词“{x}”的中文是什么？", "把“{x}”翻译成中文。", "“{x}”用中文怎么说？"]
-    to_chinese += ["英文“{x}”翻译成中文是什么？"]
-    english = facts_to_candidates([(zh, f"{zh}的英语是{en}。", {"x": zh}) for zh, en in pairs], to_english)
-    chinese = facts_to_candidates([(en, f"{en}的意思是{zh}。", {"x": en}) for zh, en in pairs], to_chinese)
+    to_chinese = ["单词 {x} 是什么意思？", "英语单词 {x} 的中文是什么？", "把单词 {x} 翻译成中文。"]
+    to_chinese += ["单词 {x} 用中文怎么说？", "英文里的 {x} 是什么意思？"]
+    english = facts_to_candidates([(zh, f"{zh}的英语是 {en}。", {"x": zh}) for zh, en in pairs], to_english)
+    chinese = facts_to_candidates([(en, f"单词 {en} 的意思是{zh}。", {"x": en}) for zh, en in pairs], to_chinese)
     return [
         Kind("zh_to_en", "中译英", english, 4, 14),
         Kind("en_to_zh", "英译中", chinese, 4, 14),
@@ -180,8 +180,8 @@ def geography() -> list[Kind]:
     continents = [(row[0], f"{row[0]}在{row[2]}。", {"x": row[0]}) for row in COUNTRIES if row[0] != "埃及"]
     seats = [(name, f"{name}的省会是{city}。", {"x": name}) for name, city in PROVINCES]
     return [
-        Kind("capitals", "各国首都", facts_to_candidates(capitals, capital), 5, 12),
-        Kind("continents", "国家所在的洲", facts_to_candidates(continents, continent), 4, 12),
+        Kind("capitals", "各国首都", facts_to_candidates(capitals, capital), 5, 10),
+        Kind("continents", "国家所在的洲", facts_to_candidates(continents, continent), 4, 10),
         Kind("provinces", "中国省会", facts_to_candidates(seats, seat), 5, 10),
     ]
 
@@ -196,11 +196,11 @@ def words() -> list[Kind]:
     colours = [(x, f"{x}是{colour_name}。", {"x": x}) for x, colour_name in COLOURS]
     idioms = [(x, f"{x}。", {"x": x[:3] + "（）"}) for x in IDIOMS]
     rows = {
-        "antonyms": ("反义词", [(x, f"“{x}”的反义词是“{y}”。", {"x": x}) for x, y in ANTONYMS], antonym, 4, 12),
+        "antonyms": ("反义词", [(x, f"“{x}”的反义词是“{y}”。", {"x": x}) for x, y in ANTONYMS], antonym, 5, 12),
         "colours": ("颜色", colours, colour, 5, 10),
-        "classes": ("分类", [(x, f"{x}属于{group_name}。", {"x": x}) for x, _, group_name in THINGS], group, 4, 12),
-        "measure_words": ("量词", [(x, f"一{y}{x}。", {"x": x}) for x, y in MEASURE_WORDS], measure, 4, 12),
-        "idioms": ("成语补全", idioms, idiom, 5, 12),
+        "classes": ("分类", [(x, f"{x}属于{group_name}。", {"x": x}) for x, _, group_name in THINGS], group, 4, 10),
+        "measure_words": ("量词", [(x, f"一{y}{x}。", {"x": x}) for x, y in MEASURE_WORDS], measure, 4, 10),
+        "idioms": ("成语补全", idioms, idiom, 5, 10),
     }
     return [
         Kind(name, title, facts_to_candidates(facts, cores), per_fact, num_heldout)
@@ -212,7 +212,7 @@ def definitions() -> Kind:
     """What a common thing is, in one short sentence."""
     cores = ["什么是{x}？", "{x}是什么？", "解释一下{x}。", "用一句话说明什么是{x}。", "“{x}”指的是什么？"]
     rows = [(name, sentence, {"x": name}) for name, sentence in DEFINITIONS]
-    return Kind("definitions", "释义", facts_to_candidates(rows, cores), 5, 12)
+    return Kind("definitions", "释义", facts_to_candidates(rows, cores), 5, 10)
 
 
 def places() -> Kind:
@@ -225,7 +225,7 @@ def places() -> Kind:
 def elements() -> Kind:
     """The symbol of a chemical element."""
     cores = ["{x}的元素符号是什么？", "元素{x}用什么符号表示？", "{x}的化学符号是什么？", "化学里{x}怎么写？"]
-    rows = [(name, f"{name}的元素符号是{symbol}。", {"x": name}) for name, symbol in ELEMENTS]
+    rows = [(name, f"{name}的元素符号是 {symbol}。", {"x": name}) for name, symbol in ELEMENTS]
     return Kind("elements", "元素符号", facts_to_candidates(rows, cores), 5, 8)
 
 
@@ -238,7 +238,7 @@ def greetings() -> Kind:
                 core = address + saying.rstrip("？")
                 ends = ("？",) if saying.endswith("？") else ("。", "！", "")
                 result += [Candidate(answer, (core + end, answer), core) for end in ends]
-    return Kind("greetings", "问候与自我介绍", result, 14, 14)
+    return Kind("greetings", "问候与自我介绍", result, 12, 14)
 
 
 def single_kinds() -> list[Kind]:

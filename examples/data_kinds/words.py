@@ -9,50 +9,43 @@ from data_kinds.tables import listed, table
 # Chinese word, English word, class of the thing
 THINGS = table("""
 苹果|apple|水果 香蕉|banana|水果 橘子|orange|水果 葡萄|grape|水果 西瓜|watermelon|水果 桃子|peach|水果
-梨|pear|水果 柠檬|lemon|水果 猫|cat|动物 狗|dog|动物 马|horse|动物 牛|cow|动物 羊|sheep|动物 猪|pig|动物
-鸟|bird|动物 鱼|fish|动物 老虎|tiger|动物 狮子|lion|动物 大象|elephant|动物 猴子|monkey|动物 兔子|rabbit|动物
-青蛙|frog|动物 土豆|potato|蔬菜 胡萝卜|carrot|蔬菜 白菜|cabbage|蔬菜 洋葱|onion|蔬菜 南瓜|pumpkin|蔬菜
-汽车|car|交通工具 火车|train|交通工具 飞机|plane|交通工具 船|ship|交通工具 自行车|bicycle|交通工具
-公共汽车|bus|交通工具 铅笔|pencil|文具 钢笔|pen|文具 橡皮|eraser|文具 尺子|ruler|文具 桌子|table|家具
-椅子|chair|家具 床|bed|家具 沙发|sofa|家具 钢琴|piano|乐器 小提琴|violin|乐器 吉他|guitar|乐器 鼓|drum|乐器
-帽子|hat|衣物 衬衫|shirt|衣物 袜子|sock|衣物 外套|coat|衣物
+猫|cat|动物 狗|dog|动物 马|horse|动物 牛|cow|动物 猪|pig|动物 鸟|bird|动物 鱼|fish|动物 老虎|tiger|动物
+狮子|lion|动物 大象|elephant|动物 猴子|monkey|动物 兔子|rabbit|动物 土豆|potato|蔬菜 胡萝卜|carrot|蔬菜
+洋葱|onion|蔬菜 南瓜|pumpkin|蔬菜 汽车|car|交通工具 火车|train|交通工具 飞机|plane|交通工具 船|ship|交通工具
+自行车|bicycle|交通工具 铅笔|pencil|文具 钢笔|pen|文具 橡皮|eraser|文具 桌子|table|家具 椅子|chair|家具
+床|bed|家具 小提琴|violin|乐器 吉他|guitar|乐器 鼓|drum|乐器 帽子|hat|衣物 衬衫|shirt|衣物 袜子|sock|衣物
 """)
 
 # further words, only for translation
 WORDS = table("""
-水|water 火|fire 山|mountain 河|river 海|sea 太阳|sun 月亮|moon 星星|star 雨|rain 雪|snow 风|wind 树|tree
-花|flower 草|grass 书|book 学校|school 老师|teacher 学生|student 医生|doctor 朋友|friend 父亲|father 母亲|mother
-家|home 门|door 窗户|window 面包|bread 牛奶|milk 鸡蛋|egg 米饭|rice 茶|tea 红色|red 蓝色|blue 绿色|green
-白色|white 黑色|black 音乐|music 时间|time 城市|city
+水|water 火|fire 山|mountain 太阳|sun 月亮|moon 雨|rain 雪|snow 风|wind 树|tree 花|flower 书|book 学校|school
+医生|doctor 朋友|friend 牛奶|milk 茶|tea 红色|red 蓝色|blue 音乐|music 时间|time
 """)
 
 # a thing with what makes its colour certain, its colour
 COLOURS = table("""
-熟透的草莓|红色 成熟的西红柿|红色 熟透的樱桃|红色 人的血|红色 秋天的枫叶|红色 成熟的香蕉|黄色 成熟的柠檬|黄色
-煮熟的蛋黄|黄色 向日葵的花瓣|黄色 新鲜的菠菜|绿色 夏天的草地|绿色 西瓜的皮|绿色 新鲜的黄瓜|绿色 晴天的天空|蓝色
-晴天的大海|蓝色 茄子的皮|紫色 薰衣草的花|紫色 刚下的雪|白色 新鲜的牛奶|白色 做菜的盐|白色 嫩豆腐|白色
-采下的棉花|白色 煤|黑色 乌鸦的羽毛|黑色 胡萝卜|橙色 熟透的橘子|橙色 牛奶巧克力|棕色
+熟透的草莓|红色 成熟的西红柿|红色 秋天的枫叶|红色 成熟的香蕉|黄色 成熟的柠檬|黄色 向日葵的花瓣|黄色
+新鲜的菠菜|绿色 西瓜的皮|绿色 新鲜的黄瓜|绿色 晴天的天空|蓝色 晴天的大海|蓝色 茄子的皮|紫色 刚下的雪|白色
+新鲜的牛奶|白色 做菜的盐|白色 嫩豆腐|白色 煤|黑色 胡萝卜|橙色 熟透的橘子|橙色 牛奶巧克力|棕色
 """)
 
 ANTONYMS = table("""
-大|小 多|少 长|短 快|慢 冷|热 黑|白 上|下 左|右 前|后 里|外 新|旧 早|晚 远|近 轻|重 胖|瘦 美|丑 真|假 好|坏
-对|错 高|低 进|出 买|卖 哭|笑 输|赢 强|弱 宽|窄 厚|薄 粗|细 深|浅 软|硬 干|湿 香|臭 安全|危险 成功|失败
-开始|结束 简单|复杂 增加|减少 前进|后退 勤劳|懒惰 骄傲|谦虚 认真|马虎 积极|消极 朋友|敌人 白天|黑夜 干净|肮脏
-热闹|冷清 勇敢|胆小 节约|浪费 记得|忘记 相信|怀疑 赞成|反对 上升|下降
+大|小 多|少 长|短 快|慢 冷|热 黑|白 上|下 左|右 新|旧 早|晚 远|近 轻|重 真|假 好|坏 对|错 高|低 进|出 买|卖
+强|弱 宽|窄 厚|薄 深|浅 软|硬 干|湿 安全|危险 成功|失败 开始|结束 简单|复杂 增加|减少 勤劳|懒惰 骄傲|谦虚
+认真|马虎 朋友|敌人 白天|黑夜 干净|肮脏 热闹|冷清 勇敢|胆小 记得|忘记 相信|怀疑 上升|下降
 """)
 
 # noun, its usual measure word
 MEASURE_WORDS = table("""
-书|本 猫|只 马|匹 牛|头 鱼|条 汽车|辆 飞机|架 船|艘 树|棵 花|朵 椅子|把 桌子|张 衬衫|件 裤子|条 鞋|双 帽子|顶
-铅笔|支 手表|块 桥|座 山|座 电脑|台 茶|杯 米饭|碗 歌|首 画|幅 信|封 雨|场 灯|盏 镜子|面 门|扇 井|口 星星|颗
-风|阵 文章|篇 老师|位 河|条 教室|间 雨伞|把 纸|张 眼镜|副 商店|家 学校|所 电影|部 蜡烛|根 葡萄|串
+书|本 猫|只 马|匹 鱼|条 汽车|辆 飞机|架 船|艘 树|棵 花|朵 椅子|把 桌子|张 裤子|条 鞋|双 帽子|顶 铅笔|支 手表|块
+桥|座 电脑|台 茶|杯 米饭|碗 歌|首 画|幅 信|封 雨|场 灯|盏 镜子|面 门|扇 井|口 风|阵 老师|位 雨伞|把 纸|张
+眼镜|副 学校|所 电影|部 葡萄|串
 """)
 
 IDIOMS = listed("""
-画蛇添足 守株待兔 亡羊补牢 井底之蛙 掩耳盗铃 刻舟求剑 对牛弹琴 叶公好龙 狐假虎威 杯弓蛇影 自相矛盾 愚公移山
-精卫填海 滥竽充数 拔苗助长 胸有成竹 一鸣惊人 卧薪尝胆 闻鸡起舞 水滴石穿 半途而废 三心二意 五颜六色 七上八下
-九牛一毛 十全十美 百发百中 千山万水 万紫千红 风和日丽 春暖花开 秋高气爽 冰天雪地 山清水秀 鸟语花香 雪中送炭
-锦上添花 画龙点睛 马到成功 虎头蛇尾 津津有味 车水马龙
+画蛇添足 守株待兔 亡羊补牢 井底之蛙 刻舟求剑 对牛弹琴 狐假虎威 自相矛盾 愚公移山 滥竽充数 胸有成竹 一鸣惊人
+水滴石穿 半途而废 三心二意 五颜六色 七上八下 百发百中 千山万水 风和日丽 春暖花开 秋高气爽 山清水秀 鸟语花香
+雪中送炭 锦上添花 画龙点睛 虎头蛇尾 津津有味 车水马龙
 """)
 
 NICKNAMES = listed("""
