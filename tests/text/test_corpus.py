@@ -1,87 +1,215 @@
-"""The data step: what is kept, what is dropped and why."""
+"""The data step: what is kept, held out, cut or dropped, and that the account adds up."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from row_files import alpaca, write_rows
 
-from graftlm.errors import UserError
+from graftlm.errors import DiskError, UserError
 from graftlm.recipe import Data
-from graftlm.text.corpus import prepare_data, read_conversations
-from graftlm.text.templates import find_template
-from graftlm.text.tokenizer import Tokenizer, train_base_tokenizer
+from graftlm.text.corpus import DataReport, prepare_data, read_conversations
+from graftlm.text.rows import TokenRows
+from graftlm.text.templates import CARD, Template
+from graftlm.text.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_base_tokenizer([f"line {i} of plain text, a question and its answer" for i in range(60)], 300)
+def prepare(folder: Path, tokenizer: Tokenizer, template: Template = CARD, **section: Any) -> DataReport:
+    """Run the step with rows given as lists; they are written to files named by their section."""
+    section = {"near_duplicates": None, **section}
+    for name in ("sources", "heldout", "text"):
+        rows = section.get(name)
+        if rows and "path" not in rows[0]:
+            section[name] = ({"path": write_rows(folder / f"{name}.jsonl", rows)},)
+    return prepare_data(Data(**section), tokenizer, template, folder / "out")
 
 
-def write(path: Path, rows: list[object]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+def check_account(report: DataReport) -> None:
+    """The law of the account: every row read is kept, held out or dropped, and told once."""
+    assert report.rows_read == report.rows_kept + sum(report.heldout_rows.values()) + sum(report.dropped.values())
+    assert set(report.examples) == {*report.dropped, *report.cut, *report.cleaned}
+    assert all(1 <= len(places) <= 3 and all(":" in place for place in places) for places in report.examples.values())
+    assert report.rows_kept == sum(report.by_language.values())
 
 
-def alpaca(question: object, given: str, answer: object) -> dict[str, object]:
-    return {"instruction": question, "input": given, "output": answer}
+def numbered(number: int, language: str = "q") -> list[dict[str, Any]]:
+    return [alpaca(f"{language} {i}", "", f"answer {i} of {language}") for i in range(number)]
 
 
-def test_every_bad_row_is_counted_with_its_reason(tmp_path: Path) -> None:
-    rows = [alpaca("a", "", "b"), alpaca("a", "", ""), alpaca("a", "", 3), alpaca("", "", "b"), ["x"]]
-    kept, dropped = read_conversations(write(tmp_path / "rows.jsonl", rows))
-    assert len(kept) == 1
-    assert sum(dropped.counts.values()) == 4
-    assert dropped.counts["an empty answer"] == 1
-    assert dropped.examples["an empty answer"] == [f"{tmp_path / 'rows.jsonl'}:2"]
+def test_every_row_of_a_mixed_bag_is_accounted_for(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    """B2 B3 B7: broken, empty, duplicate, leaking, too long rows; one row cut at a turn."""
+    several = {
+        "messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{i} " + "w " * 30} for i in range(8)]
+    }
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    write_rows(
+        mixed / "a.jsonl",
+        [*numbered(20), "{", alpaca(answer=""), alpaca("q 3", "", "answer 3 of q"), alpaca("held", "", "x"),
+         alpaca("long " * 300), alpaca("nul\x00")],
+    )  # fmt: skip
+    write_rows(mixed / "b.jsonl", [several, {"messages": [*several["messages"], {"role": "user", "content": "and?"}]}])
+    report = prepare(
+        tmp_path, llama_tokenizer, sources=({"path": str(mixed)},), heldout=[alpaca("Held!", "", "y")],
+        max_tokens=250,
+    )  # fmt: skip
+    check_account(report)
+    assert report.dropped == {
+        "not JSON": 1,
+        "an empty answer": 1,
+        "exact duplicate": 2,
+        "also held out": 1,
+        "its prompt alone is longer than 250 tokens": 1,
+    }
+    assert report.cut == {"a last question without an answer": 1, "longer than the limit: cut at a turn": 1}
+    assert report.cleaned == {"NUL removed": 1}
+    assert (report.rows_kept, report.token_rows, report.heldout_rows) == (22, 25, {"new": 1})
+    assert report.format == "alpaca, messages"
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["rows_kept"] == 22
 
 
-def test_belle_turns_and_sharegpt_turns_read_alike(tmp_path: Path) -> None:
-    belle = {"instruction": "Human:你好\nAssistant:你好!\nHuman:再见\nAssistant:", "output": "再见!"}
-    said = [("human", "你好"), ("gpt", "你好!"), ("human", "再见"), ("gpt", "再见!")]
-    sharegpt = {"conversations": [{"from": who, "value": what} for who, what in said]}
-    one = read_conversations(write(tmp_path / "a.jsonl", [belle]))[0][0]
-    other = read_conversations(write(tmp_path / "b.jsonl", [sharegpt]))[0][0]
-    assert one.messages == other.messages
-    assert [m.content for m in one.messages] == [what for _, what in said]
+def test_what_is_written_is_what_is_told(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    report = prepare(tmp_path, llama_tokenizer, sources=numbered(40), heldout_rows=3)
+    rows = TokenRows.load(tmp_path / "out" / "train", tokenizer=llama_tokenizer, template_fingerprint=CARD.fingerprint)
+    assert (report.token_rows, report.tokens, report.labels) == (len(rows), rows.num_tokens, rows.num_targets)
+    assert report.heldout_rows == {"new": 3}
+    held = TokenRows.load(tmp_path / "out" / "heldout-new")
+    shown = read_conversations(tmp_path / "out" / "heldout-new.jsonl")[0]
+    assert (len(held), len(shown)) == (3, 3)
+    trained = {f"q {int(source.rsplit(':', 1)[1]) - 1}" for source in rows.sources}
+    assert {c.messages[0].content for c in shown} | trained == {f"q {i}" for i in range(40)}
 
 
-def test_a_gbk_file_is_told_with_the_command_that_converts_it(tmp_path: Path) -> None:
-    path = tmp_path / "gbk.jsonl"
-    path.write_bytes('{"instruction": "你好", "output": "好"}\n'.encode("gb18030"))
-    with pytest.raises(UserError, match="not UTF-8") as raised:
-        read_conversations(path)
-    assert "iconv" in raised.value.fix
+def test_a_held_out_dialogue_of_several_answers_is_shown_once(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i}"} for i in range(6)]
+    report = prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=[{"messages": turns}])
+    assert report.heldout_rows == {"new": 1}
+    assert len(TokenRows.load(tmp_path / "out" / "heldout-new")) == 3
+    (shown,) = read_conversations(tmp_path / "out" / "heldout-new.jsonl")[0]
+    assert [m.content for m in shown.messages] == [f"turn {i}" for i in range(6)]
 
 
-def test_rows_that_differ_in_their_input_only_are_both_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [alpaca("a question", given, "answer") for given in ("one", "two", "two")]
-    section = Data(
-        sources=({"path": write(tmp_path / "rows.jsonl", rows)},),
-        heldout=({"path": write(tmp_path / "held.jsonl", [alpaca("a question", "three", "answer")])},),
-        near_duplicates=None,
+def test_an_instructions_input_survives_being_held_out(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    rows = [alpaca("a question", given) for given in ("one", "two", "two")]
+    report = prepare(tmp_path, llama_tokenizer, sources=rows, heldout=[alpaca("a question", "three")])
+    assert (report.rows_kept, report.dropped) == (2, {"exact duplicate": 1})
+    (again,) = read_conversations(tmp_path / "out" / "heldout-new.jsonl")[0]
+    assert (again.messages[0].content, again.messages[0].input) == ("a question", "three")
+
+
+def test_near_duplicates_go_across_the_split(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    """B7: near to another training row, near to a held-out one."""
+    dice = random.Random(1)
+
+    def words() -> str:
+        return " ".join("".join(dice.choices("abcdefgh", k=4)) for _ in range(40))
+
+    first, held = words(), words()
+    rows = [alpaca("a", "", first), alpaca("a", "", f"{first}."), alpaca("b", "", f"{held}."), alpaca("c", "", words())]
+    heldout = [alpaca("b", "", held), alpaca("e", "", words())]
+    report = prepare(tmp_path, llama_tokenizer, sources=rows, heldout=heldout, near_duplicates=0.9)
+    assert (report.rows_kept, report.dropped) == (2, {"near duplicate": 1, "also held out": 1})
+    check_account(report)
+
+
+def test_sampling_is_by_seed_and_by_source_alone(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    paths = [write_rows(tmp_path / f"{name}.jsonl", numbered(50, name)) for name in "ab"]
+
+    def drawn(order: tuple[int, ...], seed: int) -> dict[str, list[str]]:
+        sources = tuple({"path": paths[i], "sample": 10} for i in order)
+        report = prepare(tmp_path, llama_tokenizer, sources=sources, heldout=numbered(1, "h"), seed=seed)
+        check_account(report)
+        assert report.dropped["not drawn into the sample"] == 40 * len(order)
+        found: dict[str, list[str]] = {}
+        for source in TokenRows.load(tmp_path / "out" / "train").sources:
+            found.setdefault(Path(source).name[0], []).append(source)
+        return found
+
+    both = drawn((0, 1), 7)
+    assert [len(rows) for rows in both.values()] == [10, 10]
+    assert drawn((1, 0), 7) == both
+    assert drawn((0,), 7)["a"] == both["a"]
+    assert drawn((0, 1), 8) != both
+
+
+def test_held_out_rows_are_drawn_by_language_and_at_most_a_tenth(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    paths = [write_rows(tmp_path / f"{name}.jsonl", numbered(number, name)) for name, number in (("n", 100), ("o", 30))]
+    sources = ({"path": paths[0]}, {"path": paths[1], "language": "old"})
+    report = prepare(tmp_path, llama_tokenizer, sources=sources, heldout_rows=6)
+    assert report.heldout_rows == {"new": 6, "old": 3}
+    assert report.by_language == {"new": 94, "old": 27}
+    check_account(report)
+
+
+def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    def meta(folder: Path) -> str:
+        folder.mkdir()
+        prepare(folder, llama_tokenizer, sources=numbered(60), heldout_rows=5, near_duplicates=0.9)
+        return json.loads((folder / "out" / "train" / "meta.json").read_text())["sha256"]["ids.npy"]
+
+    assert meta(tmp_path / "one") == meta(tmp_path / "two")
+
+
+def test_text_rows_of_documents_and_dialogues(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    (tmp_path / "plain.txt").write_text("one document\nof two lines\n\nanother\n", encoding="utf-8")
+    text = (
+        {"path": str(tmp_path / "plain.txt")},
+        {"path": write_rows(tmp_path / "rows.jsonl", [alpaca("a", "", "b")])},
     )
-    report = prepare_data(section, tokenizer, find_template("card", tokenizer), tmp_path / "out")
-    assert report.rows_kept == 2
-    assert report.dropped == {"exact duplicate": 1}
-    again = read_conversations(tmp_path / "out" / "heldout-new.jsonl")[0][0]
-    assert again.messages[0].input == "three"
+    prepare(tmp_path, llama_tokenizer, sources=numbered(2), heldout=numbered(1, "h"), text=text, max_tokens=200)
+    rows = TokenRows.load(tmp_path / "out" / "text")
+    assert [llama_tokenizer.decode(rows.row(i)[0].tolist()) for i in range(3)] == [
+        "one document\nof two lines", "another", "a\nb",
+    ]  # fmt: skip
+    assert [Path(source).name for source in rows.sources] == ["plain.txt:1", "plain.txt:4", "rows.jsonl:1"]
 
 
-def test_a_held_out_question_does_not_stay_in_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [alpaca("a question", "", "answer"), alpaca("plain text", "", "line")]
-    section = Data(
-        sources=({"path": write(tmp_path / "rows.jsonl", rows)},),
-        heldout=({"path": write(tmp_path / "held.jsonl", [alpaca("a question", "", "its answer")])},),
+def test_plain_text_among_the_dialogues_is_counted(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", numbered(2))
+    (folder / "b.txt").write_text("a document")
+    report = prepare(tmp_path, llama_tokenizer, sources=({"path": str(folder)},), heldout=numbered(1, "h"))
+    assert (report.rows_kept, report.dropped) == (2, {"a plain text, not a dialogue": 1})
+
+
+def test_nothing_left_is_told_with_the_counts(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    """B3: every row dropped, every held-out row dropped."""
+    long = [alpaca("a question", "", "answer " * 80)]
+    with pytest.raises(UserError, match=r"No row is left.*longer than 200 tokens.: 1"):
+        prepare(tmp_path, llama_tokenizer, sources=long, heldout=numbered(1), max_tokens=200)
+    with pytest.raises(UserError, match="No held-out row is usable"):
+        prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=long, max_tokens=200)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1 for the data step."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("graftlm.text.rows.np.save", fail)
+    with pytest.raises(DiskError, match="No space left"):
+        prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=numbered(1, "h"))
+
+
+@pytest.mark.slow
+def test_the_real_rows_are_accounted_for(shared_real: Path, tmp_path: Path) -> None:
+    from graftlm.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(shared_real / "tokenizers" / "llama2.model")
+    sources = tuple(
+        {"path": str(shared_real / name), "language": language}
+        for name, language in (
+            ("alpaca_zh.parquet", "new"),
+            ("alpaca_en.parquet", "old"),
+            ("belle_seed_tasks_zh.jsonl", "new"),
+        )
     )
-    report = prepare_data(section, tokenizer, find_template("card", tokenizer), tmp_path / "out")
-    assert (report.rows_kept, report.dropped) == (1, {"also held out": 1})
-
-
-def test_nothing_left_is_told_with_the_counts(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [alpaca("a question", "", "answer " * 50)]
-    held = write(tmp_path / "held.jsonl", [alpaca("line", "", "text")])
-    section = Data(
-        sources=({"path": write(tmp_path / "rows.jsonl", rows)},), heldout=({"path": held},), max_tokens=60
-    )
-    with pytest.raises(UserError, match="No row is left"):
-        prepare_data(section, tokenizer, find_template("card", tokenizer), tmp_path / "out")
+    report = prepare_data(Data(sources=sources, heldout_rows=300, max_tokens=512), tokenizer, CARD, tmp_path / "out")
+    check_account(report)
+    assert report.rows_read == 90_175
+    assert report.rows_kept > 88_000
+    assert report.heldout_rows == {"new": 300, "old": 300}

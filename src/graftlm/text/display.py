@@ -91,12 +91,16 @@ def text_parts(conversation: Conversation, template: Template) -> Iterator[Part]
 def _begin(console: Console) -> bool:
     """Say how to read what follows; whether marks are needed."""
     has_colours = console.is_terminal and not console.no_color
-    console.print(f"Learned is what is {'bold green' if has_colours else 'between ' + ' '.join(LEARNED_MARKS)}.")
+    look = "bold green" if has_colours else f"between {' '.join(LEARNED_MARKS)}"
+    console.print(f"Learned is what is {look}.", highlight=False)
     return not has_colours
 
 
 def _rule(console: Console, source: str, number: int, of: int) -> None:
-    console.rule(source + (f", row {number} of {of}" if of > 1 else ""), characters="─")
+    from rich.text import Text
+
+    # A place like rows.jsonl:7[2] would be read as markup.
+    console.rule(Text(source + (f", row {number} of {of}" if of > 1 else "")))
 
 
 def _clipped(text: str) -> str:

@@ -15,6 +15,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -223,34 +224,25 @@ def text_rows(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> It
     """For every text its rows of at most `max_tokens`: BOS, the text in order, EOS; all but BOS are targets.
 
     A long text is cut into rows between tokens; each row begins with BOS, only the last ends with EOS. The bytes of
-    a row are those its tokens spell (a row may end inside a character, no byte is lost or counted twice).
+    its rows are the text's bytes (a row may end inside a character, no byte is lost or counted twice).
+    Raises: UserError when `max_tokens` leaves no room.
     """
+    texts = iter(texts)
+    while batch := list(islice(texts, 1024)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            yield _text_rows_of(text, ids, tokenizer, max_tokens)
+
+
+def _text_rows_of(text: str, ids: list[int], tokenizer: Tokenizer, max_tokens: int) -> list[Rendered]:
     head = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-    batch: list[str] = []
-
-    def encoded(batch: list[str]) -> Iterable[list[Rendered]]:
-        for ids in tokenizer.encode_batch(batch):
-            yield _text_rows_of(ids, head, tokenizer, max_tokens)
-
-    for text in texts:
-        batch.append(text)
-        if len(batch) == 1024:
-            yield from encoded(batch)
-            batch = []
-    yield from encoded(batch)
-
-
-def _text_rows_of(ids: list[int], head: list[int], tokenizer: Tokenizer, max_tokens: int) -> list[Rendered]:
     body = [*ids, tokenizer.eos_id]
     room = max_tokens - len(head)
     if room < 2:
         raise UserError(f"max_tokens: {max_tokens} leaves no room for text.", "Set it to 8 or more.")
     parts = [body[i : i + room] for i in range(0, len(body), room)]
+    sizes = [sum(len(tokenizer.token_bytes(i)) for i in part if i not in tokenizer.special_ids) for part in parts]
+    sizes[0] -= sum(sizes) - len(text.encode())  # Llama's tokenizer spells a blank before the text that is not in it
     return [
-        Rendered(
-            head + part,
-            [False] * len(head) + [True] * len(part),
-            sum(len(tokenizer.token_bytes(i)) for i in part if i not in tokenizer.special_ids),
-        )
-        for part in parts
+        Rendered(head + part, [False] * len(head) + [True] * len(part), size)
+        for part, size in zip(parts, sizes, strict=True)
     ]
