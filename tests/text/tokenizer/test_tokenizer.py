@@ -10,8 +10,15 @@ from graftlm.errors import UserError
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokenizer
 
 TEXTS = [
-    "", " ", "  two  spaces ", "Hello world 1234", "a\tb\nc\r\n\n d", "中文 mixed with English，标点。",
-    "</s> and <s> and <unk> and <0x0A>", "emoji 👩‍👩‍👧‍👦 and NUL \0 end", "Ωmega çedilla ÉÈ",
+    "",
+    " ",
+    "  two  spaces ",
+    "Hello world 1234",
+    "a\tb\nc\r\n\n d",
+    "中文 mixed with English，标点。",
+    "</s> and <s> and <unk> and <0x0A>",
+    "emoji 👩‍👩‍👧‍👦 and NUL \0 end",
+    "Ωmega çedilla ÉÈ",
     "\ufeffBOM",
 ]
 
@@ -19,8 +26,12 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    lines = [f"The {a} {b} sat on the mat number {n}, and said hello." for n, (a, b) in enumerate(
-        (a, b) for a in ("old", "young", "happy", "sad") for b in ("cat", "dog", "hen", "farmer"))]
+    lines = [
+        f"The {a} {b} sat on the mat number {n}, and said hello."
+        for n, (a, b) in enumerate(
+            (a, b) for a in ("old", "young", "happy", "sad") for b in ("cat", "dog", "hen", "farmer")
+        )
+    ]
     train_base_tokenizer(lines, 330, folder)
     return folder
 
@@ -28,19 +39,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(base_folder: Path) -> Tokenizer:
     return load_tokenizer(base_folder)
-
-
-def test_base_looks_like_llama(base: Tokenizer) -> None:
-    assert base.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
-    assert (base.bos_id, base.eos_id, base.pad_id, base.unk_id) == (1, 2, None, 0)
-    assert [base.piece(3), base.piece(258)] == ["<0x00>", "<0xFF>"]
-    assert base.num_pieces == 330
-    assert base.first_new_id is None
-
-
-def test_training_is_deterministic() -> None:
-    texts = ["one two three two one", "three two one"] * 5
-    assert train_base_tokenizer(texts, 285).fingerprint == train_base_tokenizer(texts, 285).fingerprint
 
 
 def test_engines_agree(base: Tokenizer, base_folder: Path) -> None:
@@ -86,14 +84,6 @@ def test_lone_surrogate_is_told(base: Tokenizer) -> None:
             encode("ab\ud800")
 
 
-def test_bare_model_is_exact(base: Tokenizer, base_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes((base_folder / "tokenizer.model").read_bytes())
-    for source in (tmp_path, tmp_path / "tokenizer.model"):
-        found = load_tokenizer(source)
-        assert found.has_fast_form
-        assert found.fingerprint == base.fingerprint
-
-
 def test_save_and_load_keep_everything(base: Tokenizer, tmp_path: Path) -> None:
     base.save(tmp_path, chat_template="{{ messages[0].content }}")
     found = load_tokenizer(tmp_path)
@@ -107,61 +97,3 @@ def test_save_and_load_keep_everything(base: Tokenizer, tmp_path: Path) -> None:
 
 def test_other_pieces_give_another_fingerprint(base: Tokenizer) -> None:
     assert train_base_tokenizer(["hello there, how are you"] * 4, 280).fingerprint != base.fingerprint
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model" * 20, b"version https://git-lfs.github.com/spec/v1\n"])
-def test_foreign_model_is_told(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(UserError, match="not a whole SentencePiece model"):
-        load_tokenizer(tmp_path)
-
-
-def test_truncated_files_are_told(base_folder: Path, tmp_path: Path) -> None:
-    """C1: a tokenizer file cut off is refused."""
-    whole = (base_folder / "tokenizer.model").read_bytes()
-    (tmp_path / "cut.model").write_bytes(whole[: len(whole) // 2 + 1])
-    with pytest.raises(UserError, match="cut off"):
-        load_tokenizer(tmp_path / "cut.model")
-    (tmp_path / "tokenizer.json").write_bytes((base_folder / "tokenizer.json").read_bytes()[:5000])
-    with pytest.raises(UserError, match="not a whole"):
-        load_tokenizer(tmp_path)
-
-
-def test_empty_folder_and_missing_path_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no such file or folder"):
-        load_tokenizer(tmp_path / "missing")
-    with pytest.raises(UserError, match="could not be fetched"):
-        load_tokenizer("nobody/nothing")
-
-
-def test_role_that_is_no_control_token_is_told(base_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((base_folder / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', encoding="utf-8")
-    with pytest.raises(UserError, match="eos_token is '<end>'"):
-        load_tokenizer(tmp_path)
-
-
-def test_too_many_pieces_are_told() -> None:
-    with pytest.raises(UserError, match="5000 pieces cannot be learned"):
-        train_base_tokenizer(["tiny"], 5000)
-    with pytest.raises(UserError, match="every line is empty"):
-        train_base_tokenizer(["", " \n "], 300)
-
-
-def test_bare_llama_encodes_as_sentencepiece(shared_real: Path) -> None:
-    """T5: Llama's own model, whose space runs carry -1e9, from the bare file."""
-    path = shared_real / "tokenizers" / "llama2.model"
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    tokenizer = load_tokenizer(path)
-    code = ["if x:\n" + " " * n + "return y" + " " * (20 - n) + "z" for n in range(20)]
-    assert tokenizer.encode_batch(code + TEXTS) == [reference.encode(text) for text in code + TEXTS]
-
-
-def test_unigram_model_is_encoded_by_sentencepiece(shared_real: Path) -> None:
-    path = shared_real / "tokenizers" / "chinese_sp.model"
-    tokenizer = load_tokenizer(path)
-    assert not tokenizer.has_fast_form
-    assert tokenizer.num_pieces == 20_000
-    assert tokenizer.encode("中文") == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("中文")

@@ -155,20 +155,19 @@ def _taken(
             "Name the inventory's script (--script, tokenizer.script), or give another inventory.",
         )
     characters = missing_characters(old, pieces)
-    num_pieces = section.num_pieces or len(pieces) + len(characters)
     words = [piece for piece in pieces if len(piece) > 1]
     if not old.is_byte_level:
-        characters = characters[:num_pieces]
-        kept = words[: num_pieces - len(characters)]
-        dropped["beyond the number asked for"] = len(words) - len(kept)
-        return [*characters, *kept], []
+        kept = [*characters, *words][: section.num_pieces]
+        dropped["beyond the number asked for"] = len(characters) + len(words) - len(kept)
+        return kept, []
     first, num_refused = fold_characters(old, characters, script)
     merges, num_unspelled = merges_of_words(old, words, first)
     dropped["characters whose bytes are not the script's alone"] = num_refused
     dropped["cannot be reached by merging"] = num_unspelled
     asked = [*first, *merges]
-    dropped["beyond the number asked for"] = len(asked[num_pieces:])
-    return [], asked[:num_pieces]
+    kept_merges = asked[: section.num_pieces]
+    dropped["beyond the number asked for"] = len(asked) - len(kept_merges)
+    return [], kept_merges
 
 
 def _refuse_failures(report: GraftReport, is_exact: bool, where: str) -> None:

@@ -52,16 +52,17 @@ def merge_words(
         while heap and done < num_merges:
             stale, pair, places = heapq.heappop(heap)
             left, right = pair >> 32, pair & 0xFFFFFFFF
-            places = chain.still(left, right, places)
-            count = int(chain.weights[places].sum())
+            standing = chain.still(left, right, places)
+            disjoint = chain.disjoint(standing) if left == right else standing
+            count = int(chain.weights[disjoint].sum())
             if count < -stale:
                 if count >= threshold:
-                    heapq.heappush(heap, (-count, pair, places))
+                    heapq.heappush(heap, (-count, pair, standing))
                 continue
             joined = join(left, right)
             if joined is None:
                 continue
-            for entry in chain.merge(places, joined, threshold):
+            for entry in chain.merge(disjoint, joined, threshold):
                 heapq.heappush(heap, entry)
             done += 1
             yield Merge(left, right, joined, count)
@@ -118,17 +119,18 @@ class _Chain:
         ]  # fmt: skip
 
     def still(self, left: int, right: int, places: Any) -> Any:
-        """The places, among those once known, where the pair still stands; overlapping ones (aaa) only once."""
-        found = places[(self.symbols[places] == left) & (self.symbols[self.following[places]] == right)]
-        if left != right or len(found) < 2:
-            return found
+        """The places, among those once known, where the pair still stands."""
+        return places[(self.symbols[places] == left) & (self.symbols[self.following[places]] == right)]
+
+    def disjoint(self, places: Any) -> Any:
+        """Places of a pair of one symbol with itself that do not overlap, the leftmost of a row first (aaa: once)."""
         taken: list[int] = []
         used = -1
-        for place, after in zip(found.tolist(), self.following[found].tolist(), strict=True):
+        for place, after in zip(places.tolist(), self.following[places].tolist(), strict=True):
             if place != used:
                 taken.append(place)
                 used = after
-        return np.array(taken, dtype=found.dtype)
+        return np.array(taken, dtype=np.int64)
 
     def merge(self, places: Any, joined: int, threshold: int) -> list[tuple[int, int, Any]]:
         """Join the symbols at `places` with those after them; returns the pairs this makes."""

@@ -33,6 +33,10 @@ SPECIAL_TOKENS = (
 """The 256 control tokens whose ids follow the ranks. Source: the same file."""
 
 
+NUM_RANKS = 128_000
+"""Lines of the one rank file whose pattern and control tokens are known here."""
+
+
 def is_rank_file(path: Path) -> bool:
     """Whether a file's first line is base64 and a number: ranks, and no SentencePiece model."""
     with path.open("rb") as file:
@@ -41,7 +45,7 @@ def is_rank_file(path: Path) -> bool:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Rank by token. Raises UserError naming the line that is not base64 and the next rank, or a missing byte."""
+    """Rank by token. Raises UserError naming the line that is not base64 and the next rank, or the ranks missing."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -55,11 +59,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 "Copy or download the file again.",
             ) from None
         ranks[symbol] = len(ranks)
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
+    if len(ranks) != NUM_RANKS:
         raise UserError(
-            f"{path}: {len(ranks)} ranks, but none for byte 0x{missing[0]:02X}; the file is foreign or cut off.",
-            "Copy or download the file again.",
+            f"{path}: {len(ranks):,} ranks, and Llama-3's file has {NUM_RANKS:,}; it is cut off or another model's.",
+            "Copy or download it again; of another model give the tokenizer.json.",
         )
     return ranks
 

@@ -109,6 +109,8 @@ def common_characters(name: str, script: Script) -> list[str]:
 
 def _check_name(name: str) -> None:
     try:
+        if not regex.fullmatch(r"[A-Za-z_ ]+", name):
+            raise regex.error("no name")
         regex.compile(rf"\p{{Script={name}}}")
     except regex.error:
         near = difflib.get_close_matches(name.capitalize(), NAMES, n=1)

@@ -56,7 +56,9 @@ def parse_model(content: bytes, where: str) -> ModelProto:
     model = ModelProto()
     try:
         model.ParseFromString(content)
-        is_whole = len(model.pieces) > 0 and any(piece.type == UNKNOWN for piece in model.pieces)
+        # The specifications follow the pieces: a file cut between two pieces parses and lacks them.
+        has_end = model.HasField("trainer_spec") and model.HasField("normalizer_spec")
+        is_whole = has_end and any(piece.type == UNKNOWN for piece in model.pieces)
     except DecodeError:
         is_whole = False
     if not is_whole:
