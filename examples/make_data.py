@@ -61,29 +61,27 @@ def jsonl(rows: list[dict]) -> str:
 
 
 def dialogue_files(kinds: list[Kind], chosen: Split) -> dict[str, str]:
-    """Training and held-out dialogues, shuffled together with the hand-written ones, and the list of kinds."""
+    """Generated and hand-written training dialogues, held-out ones of both, and the list of kinds."""
     dice = random.Random(SEED)
     handwritten = read_handwritten()
     kept_back = set(dice.sample(range(len(handwritten)), NUM_HANDWRITTEN_HELDOUT))
-    rows: dict[str, list[dict]] = {"train": [], "heldout": []}
+    rows: dict[str, list[dict]] = {"dialogues.train": [], "handwritten.train": [], "dialogues.heldout": []}
     for number, (row_id, turns) in enumerate(handwritten):
-        part = "heldout" if number in kept_back else "train"
-        rows[part].append(to_row(row_id, "handwritten", turns, part == "train"))
+        is_kept_back = number in kept_back
+        part = "dialogues.heldout" if is_kept_back else "handwritten.train"
+        rows[part].append(to_row(row_id, "handwritten", turns, not is_kept_back))
     summary: dict[str, dict] = {}
     for kind in kinds:
         train, heldout = chosen.train[kind.name], chosen.heldout[kind.name]
-        rows["train"] += to_rows(kind.name, train, "train")
-        rows["heldout"] += to_rows(kind.name, heldout, "heldout", kind.is_learnable)
+        rows["dialogues.train"] += to_rows(kind.name, train, "train")
+        rows["dialogues.heldout"] += to_rows(kind.name, heldout, "heldout", kind.is_learnable)
         summary[kind.name] = describe(kind.title, kind.is_learnable, len(train), len(heldout))
     num_train = len(handwritten) - len(kept_back)
     summary["handwritten"] = describe("手写的自由对话", False, num_train, len(kept_back))
     for part in rows.values():
         dice.shuffle(part)
-    return {
-        "dialogues.train.jsonl": jsonl(rows["train"]),
-        "dialogues.heldout.jsonl": jsonl(rows["heldout"]),
-        "kinds.json": json.dumps(summary, ensure_ascii=False, indent=1) + "\n",
-    }
+    files = {f"{name}.jsonl": jsonl(part) for name, part in rows.items()}
+    return files | {"kinds.json": json.dumps(summary, ensure_ascii=False, indent=1) + "\n"}
 
 
 def describe(title: str, is_learnable: bool, num_train: int, num_heldout: int) -> dict:
@@ -115,8 +113,8 @@ def all_files() -> dict[str, str]:
     kinds = single_kinds() + several_kinds()
     chosen = split(kinds, SEED)
     files = dialogue_files(kinds, chosen) | english_files()
-    rows = [json.loads(line) for line in files["dialogues.train.jsonl"].splitlines()]
-    dialogues = [[m["content"] for m in row["messages"]] for row in rows if row["kind"] == "handwritten"]
+    rows = [json.loads(line) for line in files["handwritten.train.jsonl"].splitlines()]
+    dialogues = [[m["content"] for m in row["messages"]] for row in rows]
     files["chinese.txt"] = running_text(read_prose("chinese.txt"), dialogues, chosen.train, SEED)
     return files
 
