@@ -136,6 +136,11 @@ def test_a_hub_id_without_the_hub_is_told_in_two_lines(monkeypatch: pytest.Monke
     assert told.value.problem.startswith("nobody/no-such-rows: no such file, and it could not be fetched")
 
 
+def test_a_missing_file_in_a_folder_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(UserError, match=r"no-such-folder/rows\.jsonl cannot be read"):
+        read("no-such-folder/rows.jsonl")
+
+
 def test_a_split_of_a_local_file_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match="belongs to a hub data set"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftlm.cli.options import AsJson
 from graftlm.cli.show import show
+
+if TYPE_CHECKING:
+    from graftlm.text.counting import DataReport
 
 
 def data(
@@ -30,7 +33,7 @@ def data(
     from rich.console import Console
 
     from graftlm.errors import UserError
-    from graftlm.recipe import Data
+    from graftlm.recipe import Data, Source
     from graftlm.recipe_file import section_from_flags
     from graftlm.text.dialogue import find_template
     from graftlm.text.inspection import inspect_data
@@ -38,12 +41,13 @@ def data(
 
     if max_tokens is not None and tokenizer is None:
         raise UserError("--max-tokens counts tokens, and no tokenizer is named.", "Add --tokenizer FOLDER.")
-    sources = [{"path": file, "format": format, "split": split, "config": config} for file in files]
-    flags = {"sources": sources, "heldout_rows": 1, "template": template, "near_duplicates": near_duplicates}
+    choice = {"format": format, "split": split, "config": config}
+    sources = [section_from_flags(Source, {"path": file, **choice}) for file in files]
+    flags = {"sources": (), "heldout_rows": 1, "template": template, "near_duplicates": near_duplicates}
     section = section_from_flags(Data, flags | ({} if max_tokens is None else {"max_tokens": max_tokens}))
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     found = inspect_data(
-        section.sources,
+        sources,
         find_template(section.template, loaded),
         loaded,
         max_tokens=max_tokens,
@@ -51,4 +55,26 @@ def data(
         num_shown=num_shown,
         console=Console(file=sys.stderr if as_json else sys.stdout),
     )
-    show(found, as_json)
+    if as_json:
+        show(found, True)
+    else:
+        print(_told(found))
+
+
+def _told(found: DataReport) -> str:
+    """The account for a person: counts with their reasons and the first places of each."""
+    lines = []
+    for name, facts in found.files.items():
+        unread = f"   fields not read: {', '.join(facts['fields_not_read'])}" if "fields_not_read" in facts else ""
+        lines.append(f"{name}   {facts['format']}, {facts['rows']:,} rows{unread}")
+    lines.append(f"rows read    {found.rows_read:,}\nrows kept    {found.rows_kept:,}")
+    if found.tokens:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in found.length_quantiles.items())
+        lines.append(f"token rows   {found.token_rows:,} ({sizes} tokens)")
+        lines.append(f"tokens       {found.tokens:,}, learned {found.labels:,} ({found.labels / found.tokens:.0%})")
+    for title, counts in (("dropped", found.dropped), ("cut", found.cut), ("cleaned", found.cleaned)):
+        for reason, number in counts.items():
+            lines.append(f"{title:<9} {number:>8,}  {reason}   {', '.join(found.examples[reason])}")
+    if found.answers_left_out:
+        lines.append(f"answers that no row learns, as they were cut off: {found.answers_left_out:,}")
+    return "\n".join(lines)

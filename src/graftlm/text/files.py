@@ -55,7 +55,7 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
         raise UserError(
             f"{file} lies on this disk, and a split or config belongs to a hub data set.", "Leave them out."
         )
-    if not file.exists() and looks_like_hub_id(str(path)):
+    if not file.exists() and looks_like_hub_id(str(path)) and file.suffix.lower() not in SUFFIXES:
         yield _hub_file(str(path), split, config)
     elif file.is_dir():
         found = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())
