@@ -129,7 +129,11 @@ class Road:
             stage = self.recipe.stages[number]
             tokenizer = self._tokenizer
             data = self.folder / "3-data"
-            rows = TokenRows.load(data / ("text" if stage.objective == "text" else "train"), tokenizer=tokenizer)
+            rows = TokenRows.load(
+                data / ("text" if stage.objective == "text" else "train"),
+                tokenizer=tokenizer,
+                template_fingerprint=self._template.fingerprint,
+            )
             held = {language: data / f"heldout-{language}" for language in LANGUAGES}
             heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
             training = StageRun(

@@ -98,7 +98,7 @@ def data_chapter(run: RunRecord) -> str:
         ("rows to learn from", data["rows_kept"]),
         ("tokens", data.get("tokens", "not measured")),
         ("tokens that are learned (answers and their ends)", data.get("labels", "not measured")),
-        ("rows cut at a turn to fit", data.get("num_cut", 0)),
+        ("rows cut at a turn", sum(data.get("cut", {}).values())),
     ]
     told += [(f"held-out rows, {name} language", count) for name, count in data.get("heldout_rows", {}).items()]
     told += [(f"rows to learn from, {name} language", count) for name, count in data.get("by_language", {}).items()]
