@@ -1,6 +1,8 @@
 """Export: what plain transformers and plain PEFT load is the trained model, its tokenizer and its template."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
 from graftlm.release.export import export_adapter, export_model
 from graftlm.text.dialogue import CARD, Conversation, Message, render
 from graftlm.text.tokenizer import load_tokenizer, train_base_tokenizer
-from graftlm.text.tokenizer.tokenizer import tokenizer_of_model
+from graftlm.text.tokenizer.load import tokenizer_of_model
 
 TEXTS = ["below is an instruction that describes a task", "write a response that completes the request"] * 4
 CHATML = (
@@ -168,3 +170,49 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="303 ids, the model 302 rows"):
         export_model(small_model(tokenizer.num_pieces - 1), tokenizer, CARD.jinja, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+HISTORY = [("user", "write a task"), ("assistant", "a task"), ("user", "describe a request")]
+FRAME = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n\n{}\n\n### Response:\n\n"
+)
+STRANGER = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+hf, base, adapter = sys.argv[1:4]
+history = [{"role": role, "content": content} for role, content in json.loads(sys.argv[4])]
+tokenizer = AutoTokenizer.from_pretrained(hf)
+template = tokenizer.apply_chat_template
+prompts = [template(asked, tokenize=False, add_generation_prompt=True) for asked in (history[:1], history)]
+ids = template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+with torch.no_grad():
+    merged = AutoModelForCausalLM.from_pretrained(hf)(ids).logits
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)(ids).logits
+print(json.dumps({"prompts": prompts, "ids": ids[0].tolist(), "last": merged[0, -1].tolist(),
+    "difference": (merged - adapted).abs().max().item(), "graftlm": "graftlm" in sys.modules}))
+"""
+
+
+def test_a_process_without_graftlm_loads_both_exports_and_gets_the_cards_prompts(tokenizer, tmp_path):
+    """One turn and history, byte for byte; the merged folder and the adapter on its base say the same."""
+    save_causal(small_model(tokenizer.num_pieces), tmp_path / "base")
+    model = learn(attach_lora(load_causal(tmp_path / "base"), rank=4, alpha=8)).eval()
+    export_adapter(model, tokenizer, CARD.jinja, tmp_path / "adapter", tmp_path / "base")
+    conversation = Conversation(tuple(Message(role, content) for role, content in HISTORY))
+    ids = render(conversation, tokenizer, CARD, for_reply=True).ids
+    with torch.no_grad():
+        trained = model(torch.tensor([ids])).logits[0, -1]
+    export_model(model, tokenizer, CARD.jinja, tmp_path / "hf", dtype=torch.float32)
+    folders = [str(tmp_path / name) for name in ("hf", "base", "adapter")]
+    told = subprocess.run(
+        [sys.executable, "-c", STRANGER, *folders, json.dumps(HISTORY)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(told.stdout)
+    history = "Human:write a task\nAssistant:a task\nHuman:describe a request"
+    assert found["prompts"] == ["<s>" + FRAME.format("write a task"), "<s>" + FRAME.format(history)]
+    assert found["ids"] == ids
+    assert (torch.tensor(found["last"]) - trained).abs().max() < 1e-5
+    assert found["difference"] < 1e-4
+    assert not found["graftlm"]

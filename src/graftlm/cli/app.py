@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import typer
@@ -53,6 +54,8 @@ app.command("doctor")(machine.doctor)
 
 def main() -> None:
     """Run the command line; every mistake of the user ends in two lines and an exit code."""
+    # Libraries warn their own developers of what they will rename; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -74,7 +77,7 @@ def main() -> None:
 
 def _stop_writing() -> int:
     """Whoever read our output has seen enough (`graftlm ... | head`). Python would complain once more on leaving."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -108,7 +111,7 @@ def _tell_usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(message, file=sys.stderr)
         return error.exit_code
-    command = context.command if context else None
+    command: Any = context.command if context else None
     typed = getattr(error, "option_name", None)
     near = ""
     if typed and type(error).__name__ == "NoSuchOption":

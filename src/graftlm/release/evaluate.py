@@ -19,7 +19,7 @@ from graftlm.errors import UserError
 from graftlm.model.causal import body_of, check_ids, find_model, load_causal
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.text.corpus import read_conversations
-from graftlm.text.dialogue import Conversation, render_many, rows_of
+from graftlm.text.dialogue import Conversation, Rendered, render_many, rows_of
 from graftlm.text.rows import RowsBuilder
 from graftlm.text.templates import Template, find_template
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
@@ -31,13 +31,17 @@ NUM_RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One model on one set: `interval` is that of bits per byte, 95 %, by the bootstrap over rows (Efron 1979)."""
+    """One model on one set: `interval` is that of bits per byte, 95 %, by the bootstrap over rows (Efron 1979).
+
+    `num_left_out` counts rows longer than the model's context or refused by its template.
+    """
 
     bits_per_byte: float
     loss_per_answer_token: float
     interval: tuple[float, float]
     num_rows: int
     num_answer_tokens: int
+    num_left_out: int
 
 
 def evaluate_files(model: str, files: Sequence[str]) -> dict[str, Any]:
@@ -47,7 +51,8 @@ def evaluate_files(model: str, files: Sequence[str]) -> dict[str, Any]:
     folder = find_model(model_of_run(model))
     tokenizer = load_tokenizer(folder)
     device = pick_device("auto")
-    loaded = load_causal(folder).to(device)
+    loaded: Any = load_causal(folder)
+    loaded.to(device)
     check_ids(loaded, tokenizer.num_pieces)
     template = find_template("tokenizer" if tokenizer.chat_template else "card", tokenizer)
     found: dict[str, Any] = {}
@@ -70,11 +75,15 @@ def evaluate_conversations(
     rows = [row for conversation in conversations for row in rows_of(conversation, template)]
     longest = model.config.max_position_embeddings
     for rendered in render_many(rows, tokenizer, template):
-        if len(rendered.ids) <= longest:
+        if isinstance(rendered, Rendered) and len(rendered.ids) <= longest:
             builder.add(rendered, "")
     if not len(builder):
-        raise UserError(f"Every row is longer than the model's {longest} positions.", "Give shorter dialogues.")
-    attend_packed(body_of(model))
+        raise UserError(
+            f"Each of the {len(rows)} rows is longer than the model's {longest} positions, or refused by its template.",
+            "Give shorter dialogues; graftlm data FILE --tokenizer MODEL --show 3 shows them.",
+        )
+    body: Any = body_of(model)
+    attend_packed(body)
     losses = heldout_losses(model, builder.rows(), Precision(torch.float32, device, None), BUDGET_TOKENS)
     attend_plain(model)
     return Figures(
@@ -83,6 +92,7 @@ def evaluate_conversations(
         _bootstrap(losses.nats / math.log(2), losses.num_bytes),
         len(builder),
         int(losses.num_targets.sum()),
+        len(rows) - len(builder),
     )
 
 

@@ -81,7 +81,8 @@ def export_model(
 
     files = save_causal(merged, out, max_shard, also=carry, dtype=dtype)
     _check_tokenizer(Path(out), tokenizer, template_jinja)
-    loaded = load_causal(out).to(merged.device)
+    loaded: Any = load_causal(out)
+    loaded.to(merged.device)
     _check_tensors(merged, loaded, dtype)
     difference = _largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
     if dtype == torch.float32:
@@ -113,7 +114,8 @@ def export_adapter(
 
     files = save_adapter(model, out, base, also=carry)
     _check_tokenizer(Path(out), tokenizer, template_jinja)
-    loaded = load_adapter(load_causal(base).to(plain_model(model).device), out)
+    loaded_base: Any = load_causal(base)
+    loaded = load_adapter(loaded_base.to(plain_model(model).device), out)
     difference = _largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
     assert difference <= EXACT_TOLERANCE, f"the re-loaded adapter's logits lie {difference} from the trained ones"
     return Manifest(files, difference, "float32", sum(map(len, rows)))
@@ -128,7 +130,7 @@ def generation_settings(model: PreTrainedModel, tokenizer: Tokenizer, template: 
     """
     end = render(SAMPLES[0], tokenizer, template)
     ends = sorted({tokenizer.eos_id, *_last_target(end.ids, end.is_target, tokenizer)})
-    silent = {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id} - {None, *ends}
+    silent = {i for i in (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id) if i is not None} - set(ends)
     never = sorted(silent | set(range(tokenizer.num_pieces, len(head_weight(model)))))
     return GenerationConfig(
         bos_token_id=tokenizer.bos_id,

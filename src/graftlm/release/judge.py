@@ -148,15 +148,18 @@ def _question(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
         messages = row["messages"]
-        whole = len(messages) >= 2 and all(isinstance(m["role"] + m["content"], str) for m in messages)
+        if len(messages) < 2 or not all(isinstance(m["role"] + m["content"], str) for m in messages):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
         raise UserError(
             f"{where}: no question with an answer.", 'Write {"id", "kind", "messages": [...]} on each line.'
-        )
-    return {"id": row.get("id", where), "kind": row.get("kind", "questions"), "learnable": row.get("learnable", True),
-            "messages": messages}  # fmt: skip
+        ) from None
+    return {
+        "id": row.get("id", where),
+        "kind": row.get("kind", "questions"),
+        "learnable": row.get("learnable", True),
+        "messages": messages,
+    }
 
 
 def _asked(conversation: Conversation) -> Conversation:

@@ -10,7 +10,7 @@ Shapes: B rows of a batch, P padded prompt length, V rows of the output head.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -81,7 +81,7 @@ class Reply(Iterator[str]):
         self.ending: Ending = "length"
         self._pieces = self._say(chatbot, prompt, sampling)
 
-    def _say(self, chatbot: Chatbot, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+    def _say(self, chatbot: Chatbot, prompt: Prompt, sampling: Sampling) -> Generator[str, None, None]:
         characters = _Characters(chatbot.tokenizer)
         for step in chatbot.decode([prompt.ids], sampling):
             for _, token_id in step:
@@ -251,7 +251,8 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     dtype = torch.float32
     if on.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    return Chatbot(load_causal(folder, dtype).to(on), tokenizer, chosen)
+    model: Any = load_causal(folder, dtype)
+    return Chatbot(model.to(on), tokenizer, chosen)
 
 
 def model_of_run(path: str | Path) -> str | Path:

@@ -144,8 +144,7 @@ def chat_loop(
     system: str = "",
 ) -> None:
     """Talk until Ctrl-D or /quit. `read(prompt)` returns a message or raises EOFError; `write` takes pieces of text."""
-    is_styled = sys.stdout.isatty() if is_styled is None else is_styled
-    talk = _Talk(chatbot, sampling, system, write, is_styled)
+    talk = _Talk(chatbot, sampling, system, write, sys.stdout.isatty() if is_styled is None else is_styled)
     read = read or _line_editor()
     talk.note("Type a message; /help lists the commands, Ctrl-D leaves.")
     while True:
