@@ -95,7 +95,8 @@ def full_run(empty_run: Path) -> Path:
     })  # fmt: skip
     write(empty_run / "3-data" / "data.json", {
         "rows_read": 100, "rows_kept": 90, "dropped": {"empty answer": 10}, "examples": {"empty answer": [NASTY]},
-        "tokens": 9000, "labels": 4000, "heldout_rows": {"new": 5}, "num_cut": 2,
+        "tokens": 9000, "labels": 4000, "heldout_rows": {"new": 5}, "cut": {"too long": 2},
+        "files": {NASTY: {"format": "belle", "rows": 100}},
     })  # fmt: skip
     lines = [step_line(n, loss) for n, loss in ((1, 5.0), (2, math.nan), (3, 4.0))]
     lines += [{"event": "heldout", "step": n, "new": figures(3.0 / n, 0), "old": figures(2.0, 0)} for n in (1, 3)]

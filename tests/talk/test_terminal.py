@@ -1,6 +1,7 @@
 """Talking at a terminal: turns, commands, keys, and what a model must not do to the screen."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from graftlm.errors import UserError
+from graftlm.talk import terminal
 from graftlm.talk.sampling import Sampling
 from graftlm.talk.terminal import chat_loop, chat_once
 
@@ -145,3 +147,50 @@ def test_once_is_json_ready(greeter, tokenizer) -> None:
     assert answer["prompt_tokens"] > 10
     with pytest.raises(UserError, match="empty"):
         chat_once(greeter, "  ", Sampling())
+
+
+def test_a_system_message_stands_first_until_switched_off(greeter, monkeypatch) -> None:
+    seen = asked(greeter, monkeypatch)
+    screen = talk(greeter, "/system Be kind.", "hi", "/reset", "/system", "again", "/system off", "/reset", "bare")
+    assert seen == [["Be kind.", "hi"], ["Be kind.", "again"], ["bare"]]
+    assert "The system message stays." in screen
+    assert screen.count("System message: Be kind.") == 2
+    assert "There is no system message." in screen
+
+
+def test_a_talk_can_begin_with_a_system_message(greeter, monkeypatch) -> None:
+    seen = asked(greeter, monkeypatch)
+    lines = iter(["hi"])
+    chat_loop(greeter, Sampling(), lambda _: next(lines, "/quit"), lambda _: None, system="Be brief.")
+    assert seen == [["Be brief.", "hi"]]
+
+
+def test_params_are_shown_and_changed(greeter) -> None:
+    screen = talk(greeter, "/params", "/params temperature=0.7 max_new_tokens=1", "hi", "/params")
+    assert "temperature=0 top_p=1 top_k=0 repetition_penalty=1 max_new_tokens=512 seed=0" in screen
+    assert screen.count("temperature=0.7") == 2
+    assert "(cut after 1 tokens)" in screen
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("warmth=1", "There is no parameter warmth. Known: temperature, top_p"),
+        ("top_k=many", "top_k is 'many', expected a whole number."),
+        ("top_p=2", "top_p is 2.0, expected above 0"),
+        ("temperature", "temperature is '', expected a number."),
+    ],
+)
+def test_wrong_params_change_nothing(greeter, words: str, told: str) -> None:
+    screen = talk(greeter, f"/params {words}", "/params")
+    assert told in screen
+    assert "temperature=0 top_p=1 top_k=0" in screen
+
+
+def test_lines_that_come_at_once_are_one_message(monkeypatch) -> None:
+    """A terminal that does not mark pasted text hands its lines over one by one, without a pause."""
+    typed = iter(["one", "two", "three"])
+    waiting = iter([True, True, False])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr(terminal.select, "select", lambda *_: ([sys.stdin] if next(waiting) else [], [], []))
+    assert terminal._read_message("> ") == "one\ntwo\nthree"

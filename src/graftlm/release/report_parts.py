@@ -95,20 +95,28 @@ def data_chapter(run: RunRecord) -> str:
         return ""
     told: list[tuple[str, Any]] = [
         ("rows read", data["rows_read"]),
-        ("rows to learn from", data["rows_kept"]),
+        ("dialogues kept to learn from", data["rows_kept"]),
+        ("rows of tokens made of them", data.get("token_rows", "not measured")),
         ("tokens", data.get("tokens", "not measured")),
         ("tokens that are learned (answers and their ends)", data.get("labels", "not measured")),
-        ("rows cut at a turn", sum(data.get("cut", {}).values())),
     ]
-    told += [(f"held-out rows, {name} language", count) for name, count in data.get("heldout_rows", {}).items()]
-    told += [(f"rows to learn from, {name} language", count) for name, count in data.get("by_language", {}).items()]
+    told += [(f"held-out dialogues, {name} language", count) for name, count in data.get("heldout_rows", {}).items()]
+    told += [
+        (f"dialogues to learn from, {name} language", count) for name, count in data.get("by_language", {}).items()
+    ]
     told += [(f"row length in tokens, {name}", length) for name, length in data.get("length_quantiles", {}).items()]
     examples = data.get("examples") or {}
-    dropped = [(reason, count, _places(examples.get(reason))) for reason, count in data.get("dropped", {}).items()]
-    lost = table(("reason", "rows", "for example"), dropped) if dropped else "<p>No row was dropped.</p>"
+    fates = [("dropped", "Rows dropped"), ("cut", "Rows cut at a turn"), ("cleaned", "Rows cleaned and kept")]
+    lost = ""
+    for key, title in fates:
+        rows = [(reason, count, _places(examples.get(reason))) for reason, count in data.get(key, {}).items()]
+        if rows:
+            lost += f"<h3>{title}</h3>{table(('reason', 'rows', 'for example'), rows)}"
+    files = [(name, of.get("format", "?"), of.get("rows", "?")) for name, of in data.get("files", {}).items()]
+    read = f"<h3>Files read</h3>{table(('file', 'format', 'rows'), files)}" if files else ""
     return (
-        "<p>A dialogue of several turns may give several rows, one for each answer.</p>"
-        f"{facts(told)}<h3>Rows dropped</h3>{lost}"
+        "<p>A dialogue of several turns may give several rows of tokens, one for each answer.</p>"
+        f"{facts(told)}{lost or '<p>No row was dropped.</p>'}{read}"
     )
 
 
