@@ -2,38 +2,49 @@
 PYTHON ?= python3
 TORCH ?=
 VENV := .venv
+BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two workers of one thread each: threads that fight for the same cores make every test many times slower.
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
 
-.PHONY: demo test slow lint clean
+.PHONY: help setup demo test slow lint keys clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, then from nothing to a talking model"
 	@echo "make test   set up, then the tests"
 	@echo "make slow   the long tests: more fuzzing, real input"
-	@echo "make lint   ruff, pyright, import contracts"
+	@echo "make lint   ruff, import contract, pyright"
+	@echo "make keys   write the tables of recipe keys into the guides"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@if [ -n "$(TORCH)" ]; then sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt; \
 	else cp constraints.txt $(VENV)/constraints.txt; fi
-	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
+setup: $(STAMP)
+
 demo: $(STAMP)
-	$(VENV)/bin/graftlm run recipes/demo.yaml --out runs/demo
+	$(BIN)/graftlm run recipes/demo.yaml --out runs/demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
+	$(TEST) -m 'not slow'
 
 slow: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 -m slow
+	$(TEST) -m slow
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/lint-imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+keys: $(STAMP)
+	$(BIN)/python docs/recipe_keys.py
 
 clean:
 	rm -rf $(VENV)
