@@ -55,12 +55,15 @@ def test_a_step_is_done_for_its_key_and_tells_what_changed(tmp_path: Path) -> No
     assert step.changes(second) == ["data.seed", "the contents of /a"]
 
 
-def test_an_outdated_result_is_cleared_an_interrupted_one_stays(tmp_path: Path) -> None:
+def test_only_interrupted_training_is_kept(tmp_path: Path) -> None:
     step, first, second = Step(tmp_path / "2-base"), order(), order(before="x")
     step.begin(first)
-    (step.folder / "half").write_text("x")
+    (step.folder / ".half").write_text("x")
     step.begin(first)
-    assert (step.folder / "half").exists()
+    assert [p.name for p in step.folder.iterdir()] == ["started.json"]
+    (step.folder / "checkpoints").mkdir()
+    step.begin(first)
+    assert (step.folder / "checkpoints").exists()
     step.finish(first.key, 1.0)
     step.begin(second)
     assert [p.name for p in step.folder.iterdir()] == ["started.json"]

@@ -60,6 +60,17 @@ def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
         return walk.take_all(orders)
 
 
+def due_steps(recipe: Recipe, folder: Path) -> list[str]:
+    """Names of the steps `run_recipe` would take now, in order; nothing is written.
+
+    Raises UserError where it would refuse to begin: unfinished training that would be lost, a damaged step.
+    """
+    walk = _Walk(recipe, folder)
+    orders = walk.orders()
+    walk.refuse_lost_training(orders)
+    return [stop.name for stop in walk.stops if not Step(folder / stop.name).is_done(orders[stop.name].key)]
+
+
 def export_run(folder: Path, to: str, out: Path | None) -> Manifest:
     """Write a finished run's model again, merged (`hf`) or as its last stage's adapter on the model below it.
 
@@ -144,6 +155,7 @@ class _Walk:
     def _take(self, stop: _Stop, order: Order) -> StepResult:
         step = Step(self.folder / stop.name)
         if step.is_done(order.key):
+            step.free_space()  # a kill may have come between the done mark and this
             say(f"{stop.name}: unchanged")
             return StepResult(stop.name, step.seconds(), "unchanged")
         changes = ", ".join(step.changes(order))

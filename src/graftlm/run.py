@@ -247,7 +247,9 @@ class RunFolder:
 
     def write_recipe(self, recipe: dict[str, Any], inputs: Mapping[str, str]) -> None:
         """Keep the resolved recipe, the fingerprints of what it reads by path, and the versions it runs under."""
-        write_json(self.folder / RECIPE, {"recipe": recipe, "inputs": inputs, "versions": versions()})
+        path, content = self.folder / RECIPE, {"recipe": recipe, "inputs": dict(inputs), "versions": versions()}
+        if not path.is_file() or read_json(path) != content:
+            write_json(path, content)
 
 
 def _recipe_name_in(path: Path) -> str | None:

@@ -140,7 +140,7 @@ class Step:
         return started.exists() and read_json(started)["key"] != key
 
     def begin(self, order: Order) -> None:
-        """Make the folder ready: an outdated result is cleared, an interrupted one with this key is continued.
+        """Make the folder ready: training interrupted under this key is continued, anything else is cleared.
 
         Raises UserError when the folder holds unfinished training asked for otherwise: going on would change the
         maths, and clearing it would lose work.
@@ -152,7 +152,7 @@ class Step:
             )
         if self.is_begun_with_another(order.key):
             self.refuse_lost_training(self.changes(order))
-        elif (self.folder / STARTED).exists():
+        elif (self.folder / STARTED).exists() and self.holds_unfinished_training:
             return
         with disk_errors(self.folder):
             if self.folder.exists():
@@ -187,6 +187,10 @@ class Step:
             if file.is_file() and not _is_passing(file.relative_to(self.folder))
         }
         write_json(self.folder / DONE, {"key": key, "seconds": round(seconds, 3), **facts, "files": files})
+        self.free_space()
+
+    def free_space(self) -> None:
+        """Delete what only resuming needed; of a finished step only."""
         for name in ONLY_WHILE_UNFINISHED:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
