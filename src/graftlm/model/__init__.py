@@ -1,1 +1,1 @@
-
+"""What learns: loading and growing models, their rows, adapters, packed attention, the loss."""

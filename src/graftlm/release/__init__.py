@@ -1,1 +1,1 @@
-
+"""What leaves: figures, exports, the report."""

@@ -1,1 +1,1 @@
-
+"""Who answers: generating, the terminal, files of prompts."""

@@ -73,6 +73,7 @@ class Marked:
         self._data = [self._marked(i, message, template.knows_input) for i, message in enumerate(messages)]
 
     def render(self, num_messages: int, for_reply: bool) -> str:
+        """The template's text of the first messages, the marks still in it. Raises: TemplateRefused."""
         return self._render(
             messages=self._data[:num_messages], add_generation_prompt=for_reply, tools=None, documents=None,
             **self._control.names,

@@ -61,14 +61,17 @@ class TokenRows:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all rows."""
         return int(self.offsets[-1])
 
     @property
     def num_targets(self) -> int:
+        """Tokens that are learned, of all rows."""
         return int(np.count_nonzero(self.is_target))
 
     @property
     def num_target_bytes(self) -> int:
+        """UTF-8 bytes of the text those tokens stand for."""
         return int(self.target_bytes.sum())
 
     @classmethod

@@ -1,1 +1,1 @@
-
+"""How it learns: batches, the loop, one stage around it, checkpoints."""
