@@ -161,6 +161,15 @@ def test_many_rows_are_rendered_as_one_by_one(tokenizer: Tokenizer) -> None:
     assert found[2] == render(rows[2], tokenizer, TEMPLATES["mistral"])
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(questions=st.lists(st.text(st.sampled_from("ab \n\t你<s>0")), min_size=2, max_size=5))
+def test_a_frame_encoded_once_changes_no_id(tokenizer: Tokenizer, questions: list[str]) -> None:
+    """Rows that begin alike, also beyond the frame, give the ids they give alone."""
+    rows = [conversation_of([(f"\n{question}", "a")]) for question in questions]
+    for template in (TEMPLATES["card"], TEMPLATES["alpaca"]):
+        assert list(render_many(rows, tokenizer, template)) == [render(row, tokenizer, template) for row in rows]
+
+
 def test_pad_as_end_keeps_the_label(llama_tokenizer: Tokenizer) -> None:
     """T3: the end of an answer is learned whatever token pads: the mask comes from the text, not from ids."""
     row = render(conversation_of(PLAIN[:1]), llama_tokenizer, TEMPLATES["card"])

@@ -85,6 +85,21 @@ def test_a_training_row_near_to_a_held_out_one_is_counted_as_held_out() -> None:
     assert dropped.counts == {"also held out": 1}
 
 
+def test_held_out_rows_near_to_each_other_both_count() -> None:
+    """B7: near to the second of two held-out rows that resemble each other, but not to the first."""
+    words = [f"word{i}" for i in range(100)]
+
+    def text(num_changed: int) -> Conversation:
+        return dialogue("q", " ".join([*words[num_changed:], *(f"new{i}" for i in range(num_changed))]), source="x")
+
+    first, second, third = text(0), text(4), text(8)
+    assert similarity(first, second) >= 0.9 <= similarity(second, third)
+    assert similarity(first, third) < 0.9
+    dropped = Tally()
+    assert drop_near_duplicates([third], [first, second], 0.9, dropped) == []
+    assert dropped.counts == {"also held out": 1}
+
+
 @pytest.mark.parametrize(
     ("row", "leaks"),
     [

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -128,7 +129,7 @@ def render_many(
             except TemplateRefused as refusal:
                 rows.append(refusal)
         starts, continuations = _texts(s for row in rows if isinstance(row, list) for s in row)
-        encoded = dict(zip(starts, tokenizer.encode_batch(starts), strict=True))
+        encoded = _encoded_starts(starts, tokenizer)
         continued = dict(zip(continuations, tokenizer.encode_continuations(continuations), strict=True))
         for row in rows:
             yield _assembled(row, encoded, continued) if isinstance(row, list) else row
@@ -150,6 +151,39 @@ def _texts(segments: Iterable[Segment]) -> tuple[list[str], list[str]]:
         if segment.token_id is None:
             (continuations if segment.is_continuation else starts)[segment.text] = None
     return list(starts), list(continuations)
+
+
+def _encoded_starts(texts: list[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Ids of each text.
+
+    The lines that all of them begin with, a template's frame, are encoded once where that is exact: they are half of
+    the tokens of a short row.
+    """
+    num_shared = _num_shared(min(texts), max(texts)) if len(texts) > 1 else 0
+    if not num_shared or not _newline_parts_texts(tokenizer):
+        return dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    head = tokenizer.encode(texts[0][:num_shared])
+    rests = tokenizer.encode_continuations([text[num_shared:] for text in texts])
+    return {text: head + rest for text, rest in zip(texts, rests, strict=True)}
+
+
+def _num_shared(first: str, last: str) -> int:
+    """Characters of the whole lines with which both texts begin: all between them in order begin so too."""
+    differs = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return first.rfind("\n", 0, differs) + 1
+
+
+@lru_cache(maxsize=8)
+def _newline_parts_texts(tokenizer: Tokenizer) -> bool:
+    """Whether what stands before a newline never changes how what follows it is encoded: no piece reaches across one.
+
+    So with Llama's SentencePiece; not with byte-level BPE, whose pieces hold newlines and whose words end at them.
+    """
+    if tokenizer.is_byte_level or not tokenizer.has_fast_form:
+        return False
+    return all(
+        b"\n" not in spelled or spelled == b"\n" for spelled in map(tokenizer.token_bytes, range(tokenizer.num_pieces))
+    )
 
 
 def _assembled(

@@ -15,6 +15,7 @@ import hashlib
 import unicodedata
 from array import array
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,13 +56,14 @@ def drop_near_duplicates(
     """The conversations without those near to an earlier one that is kept, or to a held-out one."""
     index = _NearIndex(threshold)
     for conversation in heldout:
-        index.add(conversation.text, "also held out")
+        index.insert(conversation.text, "also held out")
     kept = []
     for conversation in progress(conversations, len(conversations), "near duplicates"):
-        reason = index.add(conversation.text, "near duplicate")
+        reason = index.nearest(conversation.text)
         if reason:
             dropped.add(reason, conversation.source)
         else:
+            index.insert(conversation.text, "near duplicate")
             kept.append(conversation)
     return kept
 
@@ -84,7 +86,7 @@ def drop_heldout(
 
 
 class _NearIndex:
-    """Texts so far; `add` refuses one near to a text already in it."""
+    """Texts by what they share; each stands there under the reason for which a text near to it is dropped."""
 
     def __init__(self, threshold: float) -> None:
         from rensa import RMinHashLSH
@@ -96,26 +98,36 @@ class _NearIndex:
         self._index = RMinHashLSH(threshold=threshold, num_perm=self._num_permutations, num_bands=bands)
         self._digests = array("I")
         self._known: list[tuple[str, str]] = []
+        self._last: tuple[str, Any] = ("", None)
 
-    def add(self, text: str, name: str) -> str:
-        """Empty when `text` is new and now known under `name`, else the name of a text it is near to."""
-        from rensa import RMinHash
+    def insert(self, text: str, reason: str) -> None:
+        """Know `text` from now on."""
+        minhash = self._minhash(text)
+        self._index.insert(len(self._known), minhash)
+        self._known.append((text, reason))
+        self._digests.extend(minhash.digest())
 
-        pieces = shingles(text)
-        minhash = RMinHash(num_perm=self._num_permutations, seed=0)
-        minhash.update(pieces)
-        digest = minhash.digest()
+    def nearest(self, text: str) -> str:
+        """The reason of a known text that `text` is near to; empty when there is none."""
+        minhash = self._minhash(text)
         own: set[str] | None = None
-        for place in self._candidates(digest, self._index.query(minhash)):
-            own = set(pieces) if own is None else own
-            other, other_name = self._known[place]
+        for place in self._candidates(minhash.digest(), self._index.query(minhash)):
+            own = set(shingles(text)) if own is None else own
+            other, reason = self._known[place]
             theirs = set(shingles(other))
             if len(own & theirs) >= self._threshold * len(own | theirs):
-                return other_name
-        self._index.insert(len(self._known), minhash)
-        self._known.append((text, name))
-        self._digests.extend(digest)
+                return reason
         return ""
+
+    def _minhash(self, text: str) -> Any:
+        """A text is asked for and then inserted: its hash is made once."""
+        from rensa import RMinHash
+
+        if self._last[1] is None or self._last[0] != text:
+            minhash = RMinHash(num_perm=self._num_permutations, seed=0)
+            minhash.update(shingles(text))
+            self._last = (text, minhash)
+        return self._last[1]
 
     def _candidates(self, digest: list[int], places: list[int]) -> list[int]:
         """Those of `places` worth a closer look, most alike first."""
