@@ -129,6 +129,7 @@ def test_sampling_is_by_seed_and_by_source_alone(tmp_path: Path, llama_tokenizer
 
     both = drawn((0, 1), 7)
     assert [len(rows) for rows in both.values()] == [10, 10]
+    assert [place.rsplit(":", 1)[1] for place in both["a"]] != [place.rsplit(":", 1)[1] for place in both["b"]]
     assert drawn((1, 0), 7) == both
     assert drawn((0,), 7)["a"] == both["a"]
     assert drawn((0, 1), 8) != both

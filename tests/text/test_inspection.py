@@ -68,6 +68,13 @@ def test_what_the_template_refuses_is_counted(tmp_path: Path, llama_tokenizer: T
     assert (report.rows_kept, report.token_rows) == (1, 1)
 
 
+def test_answers_that_no_row_learns_are_told(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    row = {"messages": [*MESSAGES[:2], {"role": "user", "content": "c"}, {"role": "assistant", "content": LONG * 2}]}
+    report = inspect_data(sources(write_rows(tmp_path / "a.jsonl", [row])), CARD, llama_tokenizer, max_tokens=200)
+    assert (report.rows_kept, report.token_rows, report.answers_left_out) == (1, 1, 1)
+    assert report.cut == {"longer than the limit: cut at a turn": 1}
+
+
 def test_an_unusable_file_is_told(tmp_path: Path) -> None:
     """B2: two lines for a file that is not there."""
     with pytest.raises(UserError, match="cannot be read"):
