@@ -183,7 +183,8 @@ def test_weekdays_are_right() -> None:
     for said in [*of_kind("weekday"), *of_kind("followup_weekday")]:
         today = WEEKDAYS.index(re.search("今天(?:是)?(?:星期|周)(.)", said[0])[1])
         for question, answer in zip(said[::2], said[1::2], strict=True):
-            when, day = re.fullmatch("(大?.天)是星期(.)。", answer).groups()
+            told, when, day = re.fullmatch("今天是星期(.)，(大?.天)是星期(.)。", answer).groups()
+            assert told == WEEKDAYS[today]
             then = monday + datetime.timedelta(days=today + DAYS_LATER[when])
             assert WEEKDAYS[then.weekday()] == day, said
             assert re.search(f"(?<!大){when}", question)

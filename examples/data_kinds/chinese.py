@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from data_kinds.schema import Candidate
 
 # few rows of each generated kind: more would turn whole question frames into pieces
-NUM_ROWS_PER_KIND = 15
+NUM_ROWS_PER_KIND = 4
 
 
 def running_text(

@@ -91,8 +91,8 @@ def followup_weekday() -> Kind:
                 if first == second:
                     continue
                 opening = f"今天星期{day}，{first}星期几？"
-                reply = f"{first}是星期{WEEKDAYS[(number + first_offset) % 7]}。"
-                answer = f"{second}是星期{WEEKDAYS[(number + offset) % 7]}。"
+                reply = f"今天是星期{day}，{first}是星期{WEEKDAYS[(number + first_offset) % 7]}。"
+                answer = f"今天是星期{day}，{second}是星期{WEEKDAYS[(number + offset) % 7]}。"
                 for again in AND_THIS[:3]:
                     turns = (opening, reply, again.format(x=second), answer)
                     result.append(Candidate(f"{day}{second}", turns, f"{day}{first}{second}"))

@@ -102,7 +102,7 @@ def weekday() -> Kind:
     rows = []
     for number, day in enumerate(WEEKDAYS):
         for when, offset in DAY_OFFSETS.items():
-            answer = f"{when}是星期{WEEKDAYS[(number + offset) % 7]}。"
+            answer = f"今天是星期{day}，{when}是星期{WEEKDAYS[(number + offset) % 7]}。"
             rows.append((day + when, answer, {"day": day, "when": when}))
     return Kind("weekday", "星期推算", facts_to_candidates(rows, cores), 5, 12)
 
