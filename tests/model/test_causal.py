@@ -274,7 +274,7 @@ def test_what_is_no_model_folder_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(tmp_path / "empty").problem
     for missing in (tmp_path / "nowhere", "nowhere", "a/b/c", ""):
-        with pytest.raises(UserError, match="no model folder|no config"):
+        with pytest.raises(UserError, match=r"no model folder|no config"):
             find_model(missing) and load_causal(missing)
     BertConfig().save_pretrained(tmp_path / "bert")
     assert "not a Llama-like decoder" in refusal(tmp_path / "bert").problem
