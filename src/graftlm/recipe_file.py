@@ -98,7 +98,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
     if not path.is_file():
-        known = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        known = sorted(map(str, path.parent.glob("[!.]*.yaml"))) if path.parent.is_dir() else []
         near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
         raise UserError(
             f"There is no recipe {path}.",

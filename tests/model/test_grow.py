@@ -21,7 +21,7 @@ from graftlm.model.causal import (
 from graftlm.model.grow import expand_model, grow_embeddings
 from graftlm.model.row_init import INITS
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokenizer
-from graftlm.text.tokenizer.tokenizer import tokenizer_of_model
+from graftlm.text.tokenizer.load import tokenizer_of_model
 
 ENGLISH = ["the cat sat on the mat and the dog ran", "we read a long book about the old sea", "rain falls"] * 4
 CHINESE = ["你好世界", "世界你好你好"]
