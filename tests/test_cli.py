@@ -13,6 +13,7 @@ import pytest
 
 from graftlm import recipe_file
 from graftlm.cli.app import app, main
+from graftlm.cli.show import show
 from graftlm.errors import DiskError, Interrupted, NumericalStop, UserError
 from graftlm.model.causal import new_causal, save_causal
 from graftlm.model.weights import read_model_config
@@ -112,7 +113,10 @@ def test_every_verb_is_known_here() -> None:
         (["export", "nowhere", "--to", "hf"], "nowhere is no run folder", "--out"),
     ],
 )
-def test_a_mistake_is_told_in_two_lines(run: Run, arguments: list[str], first: str, second: str) -> None:
+def test_a_mistake_is_told_in_two_lines(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], first: str, second: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments)
     lines = err.strip().splitlines()
     assert (code, out, len(lines)) == (2, "", 2)
@@ -275,3 +279,14 @@ def test_a_step_that_is_not_finished_cannot_talk(run: Run, tmp_path: Path) -> No
     code, _, err = run("chat", tmp_path / "6-model", "--once", "hi")
     assert code == 2
     assert "is a step of a run that is not finished" in err
+
+
+def test_a_result_is_lines_for_a_person_and_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show(
+        {"rows": 3, "is_tied": True, "by": {"new": 0.123456789, "old": None}, "seen": ["a b", "\x1b[2Jc"], "no": {}},
+        False,
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "rows     3", "is_tied  yes",
+        "by", "  new  0.123457", "  old  none", "seen", "  a b", "  \\x1b[2Jc", "no       none",
+    ]  # fmt: skip

@@ -1,29 +1,30 @@
-"""Reading a recipe from YAML: `extends`, overrides, and all mistakes at once with their lines.
+"""Reading a recipe from YAML: `extends`, overrides, and where every value stands.
 
-Owns the file format. Does not know what the knobs mean (`recipe.py` does). Hostile files are bounded: size,
-depth, no aliases, no tags, no duplicate keys.
+Owns the file format. Does not know what the knobs mean (`recipe.py`) or how mistakes are told (`mistakes.py`). Hostile
+files are bounded: size, depth, no aliases, no tags, no duplicate keys; only plain numbers are numbers.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from graftlm.errors import UserError
+from graftlm.mistakes import Lines, Place, tell_mistakes
 from graftlm.recipe import Recipe
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
 
 S = TypeVar("S", bound=BaseModel)
-Path_ = tuple[str | int, ...]
-Lines = dict[Path_, tuple[str, int]]
+# YAML 1.1 also reads 010 as 8, 1:30 as 90 and 1_000 as 1000: here they stay text, and the knob refuses them.
+PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -43,8 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree, context={"folder": str(path.resolve().parent)})
     except ValidationError as error:
-        details = [detail for detail in error.errors() if not _follows_from_another(detail, error.errors())]
-        told = list(dict.fromkeys(_tell(detail, lines, path) for detail in details))
+        told = tell_mistakes(error.errors(), lines, path)
         count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
         fix = "Mend them and run the same command again; docs/guide.md lists every key."
         raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix) from None
@@ -71,16 +71,16 @@ def _read_with_parent(path: Path, lines: Lines) -> dict[str, Any]:
         raise UserError(f"{path}: extends must name one recipe file, found {parent_name!r}.", "Write extends: FILE.")
     parent_lines: Lines = {}
     parent_path = path.parent / parent_name
+    if parent_path.resolve().parent != path.resolve().parent:
+        raise UserError(
+            f"{path} extends {parent_path}, which lies in another folder: relative paths would change meaning.",
+            "Keep a recipe beside the one it extends.",
+        )
     parent = _read_yaml(parent_path, parent_lines)
     if "extends" in parent:
         raise UserError(
             f"{path} extends {parent_path}, which itself extends {parent['extends']}: one level is allowed.",
             f"Extend {parent['extends']} directly, or write the keys out.",
-        )
-    if parent_path.resolve().parent != path.resolve().parent:
-        raise UserError(
-            f"{path} extends {parent_path}, which lies in another folder: relative paths would change meaning.",
-            "Keep a recipe beside the one it extends.",
         )
     parent.pop("name", None)
     for where, line in parent_lines.items():
@@ -111,8 +111,7 @@ def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_aliases(text, path)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _compose(text, path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}).", "Save the recipe as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -125,26 +124,35 @@ def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
     return _build(node, (), path, lines)
 
 
-def _refuse_aliases(text: str, path: Path) -> None:
-    """Aliases can make a small file enormous and a recipe has no use for them; events are read lazily."""
+def _compose(text: str, source: Path | str) -> yaml.Node | None:
+    """The node tree of a YAML text without aliases and tags: they can make a small file enormous, or run code.
+
+    Raises UserError, yaml.YAMLError.
+    """
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # events are read lazily, before any tree is built
+        place = f"{source}:{event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"{path}:{line}: YAML aliases are not allowed in a recipe.", "Write the value out.")
+            raise UserError(f"{place}: YAML aliases are not allowed in a recipe.", "Write the value out.")
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise UserError(f"{path}:{line}: YAML tags ({tag}) are not allowed in a recipe.", "Write a plain value.")
+            raise UserError(f"{place}: YAML tags ({tag}) are not allowed in a recipe.", "Write a plain value.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise UserError(f"{path}:{line}: nested more than {MAX_DEPTH} deep.", "A recipe has three levels.")
+            raise UserError(f"{place}: nested more than {MAX_DEPTH} deep.", "A recipe has three levels.")
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
-def _build(node: yaml.Node, where: Path_, path: Path, lines: Lines) -> Any:
+def _build(node: yaml.Node, where: Place, path: Path, lines: Lines) -> Any:
     lines[where] = (str(path), node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                line = key_node.start_mark.line + 1
+                raise UserError(
+                    f"{path}:{line}: a key is one plain word, found a list or a mapping.", "Mend that line."
+                )
             key = str(key_node.value)
             if key in built:
                 line = key_node.start_mark.line + 1
@@ -158,10 +166,11 @@ def _build(node: yaml.Node, where: Path_, path: Path, lines: Lines) -> Any:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """A plain value: null, bool, int, float or text. Dates stay text."""
-    loader = yaml.SafeLoader("")
-    if node.tag.endswith((":null", ":bool", ":int", ":float")):
-        return loader.construct_object(node)
+    """A plain value: null, bool, int, float or text. Dates, and numbers only YAML 1.1 knows, stay text."""
+    is_number = node.tag.endswith(":float") and ":" not in node.value and "_" not in node.value
+    is_number = is_number or (node.tag.endswith(":int") and PLAIN_INT.fullmatch(node.value) is not None)
+    if is_number or node.tag.endswith((":null", ":bool")):
+        return yaml.SafeLoader("").construct_object(node)
     return node.value
 
 
@@ -170,15 +179,20 @@ def _apply_override(tree: dict[str, Any], override: str, lines: Lines) -> None:
     if not equals or not where_text:
         raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example stages.0.epochs=1")
     try:
-        node = yaml.compose(value_text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        node = yaml.ScalarNode("tag:yaml.org,2002:str", value_text)
+        node = _compose(value_text, f"override {override}")
+    except yaml.YAMLError as error:
+        what = getattr(error, "problem", None) or "it is not YAML"
+        raise UserError(
+            f"Override {override!r}: {what}.", "Put quotes around a text with special characters."
+        ) from None
     here: Any = tree
     where: list[str | int] = []
     parts = where_text.split(".")
     for depth, part in enumerate(parts):
         key = _key_in(here, part, override)
         where.append(key)
+        if isinstance(here, dict) and key not in here:
+            lines[tuple(where)] = (f"override {override}", 0)
         if depth == len(parts) - 1:
             value = _build(node, tuple(where), Path("command line"), lines) if node is not None else None
             here[key] = _from_working_directory(value)
@@ -210,64 +224,3 @@ def _key_in(container: Any, part: str, override: str) -> str | int:
         return int(part)
     known = ", ".join(str(name or index) for index, name in enumerate(names))
     raise UserError(f"Override {override!r}: there is no {part} in that list.", f"It holds: {known}.")
-
-
-def _follows_from_another(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
-    """A list whose items are wrong is also told to be too short: the items' own mistakes suffice."""
-    where = detail["loc"]
-    return detail["type"] == "too_short" and any(
-        len(other["loc"]) > len(where) and other["loc"][: len(where)] == where for other in details
-    )
-
-
-def _tell(detail: ErrorDetails, lines: Lines, path: Path) -> str:
-    """One mistake as one line: place, what was found, what was expected, the nearest known key."""
-    location = tuple(part for part in detail["loc"])
-    shown = tuple(part for part in location if part not in ("full", "lora", "new-rows") or (part,) == location)
-    file, line = str(path), 0
-    for length in range(len(shown), -1, -1):
-        if shown[:length] in lines:
-            file, line = lines[shown[:length]]
-            break
-    place = f"{file}:{line}" if line else file
-    key = ".".join(str(part) for part in shown)
-    kind = detail["type"]
-    found = detail.get("input")
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(_known_keys(location[:-1])))}"
-        return f"{place}: unknown key {key}{hint}"
-    if kind == "missing":
-        return f"{place}: {key} is missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    is_told = isinstance(found, dict | list | BaseModel) or "found" in message
-    value = "" if is_told else f", found {found!r}"
-    return f"{place}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{value}"
-
-
-def _known_keys(location: Path_) -> list[str]:
-    """The keys of the section at `location`, followed through the models' annotations."""
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if isinstance(model, type) and part in model.model_fields:
-            model = _section_in(model.model_fields[part].annotation)
-        elif isinstance(model, list):
-            kinds = {get_args(option.model_fields["kind"].annotation)[0]: option for option in model}
-            model = kinds.get(str(part), model[0])
-    if isinstance(model, list):
-        return sorted({key for option in model for key in option.model_fields})
-    return list(model.model_fields) if isinstance(model, type) else []
-
-
-def _section_in(annotation: Any) -> Any:
-    """The section class (or list of classes, for a union of them) inside an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is None:
-        return None
-    inner = [_section_in(option) for option in get_args(annotation) if option is not Ellipsis]
-    sections = [section for section in inner if section is not None]
-    is_union = get_origin(annotation) in (Union, type(int | str)) and len(sections) > 1
-    return sections if is_union else (sections[0] if sections else None)

@@ -1,23 +1,49 @@
-"""How a verb's result reaches standard output: one JSON object, or `key  value` lines."""
+"""How a verb's result reaches standard output: one JSON object, or lines of `key  value` for a person."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+# Examples out of people's files must not drive the terminal: they are written out.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 def show(value: Any, as_json: bool) -> None:
-    """Print a result: JSON, or `key  value` lines."""
+    """Print a result, a dataclass or a mapping. What a mapping holds inside is indented."""
     found: Any = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(_lines(found)))
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, cell in found.items():
-        text = json.dumps(cell, ensure_ascii=False, indent=1) if isinstance(cell, dict | list) else str(cell)
-        table.add_row(f"[bold]{key}[/]", text.replace("[", r"\["))
-    Console().print(table)
+
+def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    width = max((len(str(key)) for key, value in found.items() if not _is_open(value)), default=0)
+    for key, value in found.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{key}"
+            yield from _lines(value, indent + "  ")
+        elif _is_open(value):
+            yield f"{indent}{key}"
+            yield from (f"{indent}  {_text(item)}" for item in value)
+        else:
+            yield f"{indent}{key!s:<{width}}  {_text(value)}"
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value takes lines of its own: a mapping, or a list of more than numbers and single words."""
+    is_long = isinstance(value, list | tuple) and any(" " in str(item) or len(str(item)) > 30 for item in value)
+    return bool(value) and (isinstance(value, Mapping) or is_long)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False) if value else "none"
+    return "none" if value is None else _CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
