@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from graftlm.errors import UserError
 from graftlm.recipe_file import load_recipe
@@ -57,18 +58,82 @@ def test_all_mistakes_at_once_with_line_and_nearest_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (GOOD + "stages: []\n", "twice"),
-        (GOOD + "report: &a {num_samples: 1}\nexport: *a\n", "aliases"),
-        (GOOD + "report: !!python/object:os.system {}\n", "tags"),
-        (GOOD + "report: " + "[" * 40 + "]" * 40, "nested"),
+        (GOOD + "stages: []\n", ":13: the key stages stands here twice"),
+        (GOOD.replace("rank: 4", "rank: 4, rank: 5"), ":12: the key rank stands here twice"),
+        (GOOD + "report: &a {num_samples: 1}\nexport: *a\n", ":14: YAML aliases"),
+        (GOOD + "report: !!python/object:os.system {}\n", ":13: YAML tags"),
+        (GOOD + "report: " + "[" * 40 + "]" * 40, ":13: nested more than 30 deep"),
         (GOOD + "report: {", "not YAML"),
+        (GOOD + "---\nname: x\n", "another document"),
+        (GOOD + "\tseed: 1\n", ":13: not YAML"),
+        (GOOD + "\0", "not YAML"),
+        (GOOD + "? [a, b]\n: 1\n", ":13: a key is one plain word"),
         ("just text", "key: value"),
-        ("x" * 1_000_001, "bytes"),
+        ("", "key: value"),
+        ("x" * 1_000_001, "1,000,001 bytes"),
+        (GOOD + "extends: tiny.yaml\n", "one level"),
+        (GOOD + "extends: ../secret.yaml\n", "lies in another folder"),
+        (GOOD + "extends: [a]\n", "must name one recipe file"),
+        (GOOD + "extends: nope.yaml\n", "There is no recipe"),
     ],
 )
 def test_hostile_files_are_refused(tmp_path: Path, text: str, told: str) -> None:
-    """P2: tags, alias bombs, depth bombs, duplicate keys and giant files."""
+    """P2: tags, alias bombs, depth bombs, duplicate keys, giant files, parents that lie elsewhere."""
     assert told in problem_of(write(tmp_path, text))
+
+
+def test_other_encodings_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    for encoding in ("gb18030", "utf-16"):
+        path.write_bytes(GOOD.replace("tiny", "中文").encode(encoding))
+        assert "is not UTF-8" in problem_of(path)
+    path.write_bytes(GOOD.encode("utf-8-sig"))
+    assert load_recipe(path).name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("seed: yes", "seed: expected a valid integer, found True"),
+        ("seed: 010", "found '010'"),  # YAML 1.1: 8
+        ("seed: 1:30", "found '1:30'"),  # YAML 1.1: 90
+        ("seed: 1_000", "found '1_000'"),  # YAML 1.1: 1000
+        ("seed: 0x10", "found '0x10'"),
+        ("seed: 1.0", "found 1.0"),
+        ("seed: " + "9" * 5000, "found '99999"),
+        ("device: " + "x" * 5000, "x…"),
+        ("export: {max_shard_gb: .inf}", "expected a finite number"),
+        ("export: {dtype: no}", "found False"),
+        ("name: ../../etc", "name: a name is made of small letters"),
+        ("name: [tiny]", "name: expected a valid string"),
+        ("name:", "found None"),
+        ("stages: full", "stages: expected a list, found 'full'"),
+        ("stages: {a: 1}", "stages: expected a list"),
+        ("stages: []", "stages: tuple should have at least 1 item"),
+        ("stages: [{name: ../x, trains: {kind: full}}]", "stages.0.name: a name is made of"),
+        ("stages: [{name: model, trains: {kind: full}}]", "named model, as a step of every run"),
+        ("stages: [{name: a, trains: {kind: full}}, {name: a, trains: {kind: full}}]", "two stages are named a"),
+        ("stages: [{name: a, trains: full}]", "for example {kind: full}, found 'full'"),
+        ("stages: [{name: a, trains: {rank: 3}}]", "stages.0.trains: kind is missing: full, lora or new-rows"),
+        ("stages: [{name: a, trains: {kind: ful}}]", "stages.0.trains.kind: unknown kind 'ful'; did you mean full?"),
+        ("stages: [{name: a, trains: {kind: full}, betas: [0.9]}]", "stages.0.betas.1 is missing"),
+        ("stages: [{name: a, trains: {kind: full}, objective: text}]", "objective text needs data.text"),
+        ("stages: [{name: a, trains: {kind: full}, early_stop_after: 2}]", "give heldout_every too"),
+        ("stages: [{name: a, trains: {kind: full}, warmup_ratio: 0.1, warmup_steps: 3}]", "not both"),
+        ("tokeniser: {}", "unknown key tokeniser; did you mean tokenizer?"),
+        ("<<: {seed: 1}", "unknown key <<"),
+        ("base: {}", "exactly one of model"),
+    ],
+)
+def test_each_mistake_says_what_was_found_and_expected(tmp_path: Path, line: str, told: str) -> None:
+    """P1 P3: on the line where it stands, in at most a few words, however long the value."""
+    key = line.partition(":")[0]
+    tree = {k: v for k, v in yaml.safe_load(GOOD).items() if k != key}
+    text = f"{line}\n" + yaml.safe_dump(tree)
+    problem = problem_of(write(tmp_path, text))
+    assert told in problem
+    assert "tiny.yaml:1: " in problem
+    assert len(problem) < 400
 
 
 def test_overrides_name_stages_by_name_or_number(tmp_path: Path) -> None:
@@ -80,6 +145,16 @@ def test_overrides_name_stages_by_name_or_number(tmp_path: Path) -> None:
     assert "there is no nope" in problem_of(path, "stages.nope.epochs=1")
     assert "did you mean epochs?" in problem_of(path, "stages.lora.epoch=1")
     assert "section.key=value" in problem_of(path, "seed")
+    assert "override a.b.c=1: unknown key a" in problem_of(path, "a.b.c=1")
+    assert "there is no 5 in that list" in problem_of(path, "stages.5.epochs=1")
+    for value in ("{", "*alias", "!!python/name:os.system x", "'"):
+        assert "verride" in problem_of(path, f"device={value}")
+
+
+def test_both_mistakes_of_the_file_and_of_overrides_are_told(tmp_path: Path) -> None:
+    problem = problem_of(write(tmp_path, GOOD + "sed: 1\n"), "stages.lora.epochs=none")
+    assert "tiny.yaml:13: unknown key sed; did you mean seed?" in problem
+    assert "override stages.lora.epochs=none: stages.1.epochs: expected a valid number" in problem
 
 
 def test_extends_merges_one_level(tmp_path: Path) -> None:

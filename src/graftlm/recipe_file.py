@@ -46,7 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         told = tell_mistakes(error.errors(), lines, path)
         count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
-        fix = "Mend them and run the same command again; docs/guide.md lists every key."
+        them = "them" if len(told) > 1 else "it"
+        fix = f"Mend {them} and run the same command again; docs/guide.md lists every key."
         raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix) from None
 
 
