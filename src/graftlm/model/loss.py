@@ -50,17 +50,19 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             hidden_CH = hidden[start : start + size]
             targets_C = targets_N[start : start + size]
-            logits_CV = (hidden_CH @ weight.T).to(wide)
-            log_sum_C = logits_CV.logsumexp(-1)
-            total += (log_sum_C - logits_CV.gather(1, targets_C[:, None])[:, 0]).sum()
+            # One fused pass over the logits; soft-max, loss and gradient are all made from it.
+            log_share_CV = (hidden_CH @ weight.T).to(wide).log_softmax(-1)
+            total -= log_share_CV.gather(1, targets_C[:, None]).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
+            grad_CV = log_share_CV.exp_()
             grad_CV.scatter_add_(1, targets_C[:, None], grad_CV.new_full((len(targets_C), 1), -1.0))
             grad_CV = grad_CV.mul_(expected).to(compute_dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[start : start + size])
-            if grad_weight is not None:
+            if grad_weight is not None and wide == compute_dtype:
+                grad_weight.addmm_(grad_CV.T, hidden_CH)
+            elif grad_weight is not None:
                 grad_weight += grad_CV.T @ hidden_CH
         ctx.expected = expected
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
