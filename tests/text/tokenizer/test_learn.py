@@ -7,7 +7,7 @@ from small_tokenizers import SCRIPTS, sentences
 
 from graftlm.errors import UserError
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
-from graftlm.text.tokenizer.learn import count_runs, learn_pieces, num_chars, puts_spaces, whole_characters
+from graftlm.text.tokenizer.learn import count_runs, learn_pieces, num_chars, puts_spaces
 from graftlm.text.tokenizer.script import Script
 
 HAN = Script(["Han"])
@@ -99,8 +99,3 @@ def test_texts_without_the_script_are_told() -> None:
 def test_spaces_between_words_are_noticed() -> None:
     for language, names in SCRIPTS.items():
         assert puts_spaces(sentences(language), Script(names)) == (language in ("Arabic", "Devanagari"))
-
-
-def test_bytes_of_a_character_are_joined() -> None:
-    parts = [b"a", "天".encode()[:2], "天".encode()[2:], "中".encode()[:1], "中".encode()[1:2], "中".encode()[2:]]
-    assert list(whole_characters(parts)) == [b"a", "天".encode(), "中".encode()]

@@ -82,6 +82,7 @@ class FastEngine:
         vocabulary = fast.get_vocab(with_added_tokens=True)
         self.num_pieces = max(vocabulary.values()) + 1
         added = {token["id"]: token for token in self._parts["added_tokens"]}
+        self._bytes: dict[int, bytes] = {}
         self._added = {piece_id: token["content"] for piece_id, token in added.items()}
         self.special_ids = frozenset(piece_id for piece_id, token in added.items() if token["special"])
         decoder = json.dumps(self._parts["decoder"])
@@ -131,9 +132,13 @@ class FastEngine:
         """`encode_continuation` of each text, cut into the words that the pre-tokenizer makes of it."""
         cut = []
         for found in self._continuation.encode_batch(list(texts), add_special_tokens=False):
+            ids, numbers = found.ids, found.word_ids
+            if ids and numbers[0] == numbers[-1]:
+                cut.append([ids])
+                continue
             words: dict[int | None, list[int]] = {}
-            for piece_id, word in zip(found.ids, found.word_ids, strict=True):
-                words.setdefault(word, []).append(piece_id)
+            for piece_id, number in zip(ids, numbers, strict=True):
+                words.setdefault(number, []).append(piece_id)
             cut.append(list(words.values()))
         return cut
 
@@ -158,6 +163,12 @@ class FastEngine:
 
     def token_bytes(self, piece_id: int) -> bytes:
         """The UTF-8 bytes an id stands for; none for a control token."""
+        found = self._bytes.get(piece_id)
+        if found is None:
+            found = self._bytes[piece_id] = self._spell(piece_id)
+        return found
+
+    def _spell(self, piece_id: int) -> bytes:
         if piece_id in self.special_ids:
             return b""
         if piece_id in self._added:

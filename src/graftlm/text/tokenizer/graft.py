@@ -67,6 +67,8 @@ def graft_tokenizer(base: str | Path, section: Section, out: Path) -> GraftRepor
 
     Raises UserError: unusable input, or a proof that fails, told with the text that shows it.
     """
+    if section.mode == "keep":
+        raise UserError("Mode keep grafts nothing.", "Use --mode continued, merge or card.")
     _check_out(out)
     script = Script(section.script)
     old = load_tokenizer(base)

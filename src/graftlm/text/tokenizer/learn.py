@@ -1,8 +1,8 @@
 """Learning new pieces: the base's own BPE goes on over text of the new script.
 
-Owns which pieces are worth a row. Does not know how a vocabulary is written down (`sentencepiece_graft.py`,
-`byte_level.py`) nor how pairs are found (`merging.py`). A symbol is a byte string: a base token, or a whole character
-for which a SentencePiece base only has bytes.
+Owns which pieces are worth a row. Does not know how runs are spelled (`spelling.py`), how pairs are found
+(`merging.py`) nor how a vocabulary is written down (`sentencepiece_graft.py`, `byte_level.py`). A symbol is a byte
+string: a base token, or a whole character for which a SentencePiece base only has bytes.
 
 Source of the method: continued BPE; BPE, arXiv 1508.07909.
 """
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from graftlm.errors import UserError
 from graftlm.run import progress
-from graftlm.text.tokenizer.engines import FastEngine
 from graftlm.text.tokenizer.merging import merge_words
 from graftlm.text.tokenizer.script import Script
+from graftlm.text.tokenizer.spelling import spell_runs
 from graftlm.text.tokenizer.tokenizer import Tokenizer
 
 SPACED_SHARE = 0.2
@@ -35,17 +34,16 @@ class Learned:
     merges: list[tuple[bytes, bytes]]
 
 
-def count_runs(texts: Iterable[str], script: Script, with_space: bool) -> Counter[str]:
+def count_runs(texts: Sequence[str], script: Script, with_space: bool) -> Counter[str]:
     """How often each run of the script occurs. Raises UserError when there is none."""
     pattern = script.run_with_space if with_space else script.run
     runs: Counter[str] = Counter()
-    num_texts = num_chars = 0
-    for text in texts:
+    num_chars = sum(map(len, texts))
+    for text in progress(texts, len(texts), "reading texts"):
         runs.update(pattern.findall(text))
-        num_texts, num_chars = num_texts + 1, num_chars + len(text)
     if not num_chars:
         raise UserError(
-            f"The texts to learn from are empty ({num_texts} lines or rows without a character).",
+            f"The texts to learn from are empty ({len(texts)} lines or rows without a character).",
             "Give files that hold text in the new language (--text, tokenizer.text).",
         )
     if not runs:
@@ -90,7 +88,7 @@ def learn_pieces(
             f"{num_pieces - budget} pieces are needed for the common characters alone, and {num_pieces} are asked for.",
             "Ask for more with --num-pieces (tokenizer.num_pieces), or for --common-characters none.",
         )
-    words, counts = _spell(base, runs, symbols)
+    words, counts = spell_runs(base, runs, symbols.number)
     if first:
         words = _applied(words, first, symbols)
     worth = {} if base.is_byte_level else _worth_of_characters(words, counts, symbols)
@@ -147,59 +145,6 @@ class _Symbols:
 def num_chars(part: bytes) -> int:
     """Characters that begin in a byte string; the space before a word is not counted."""
     return sum(byte & 0xC0 != 0x80 for byte in part.removeprefix(b" "))
-
-
-def _spell(base: Tokenizer, runs: Counter[str], symbols: _Symbols) -> tuple[list[list[int]], list[int]]:
-    """Every run as numbers of symbols and how often it occurs; a byte-level base first cuts runs into its words."""
-    if not base.is_byte_level:
-        return _spell_by_characters(base, runs, symbols), list(runs.values())
-    assert isinstance(base.engine, FastEngine)
-    number_of = {piece_id: symbols.number(base.token_bytes(piece_id)) for piece_id in base.piece_ids}
-    words: Counter[tuple[int, ...]] = Counter()
-    for count, cut in zip(runs.values(), base.engine.encode_words(list(runs)), strict=True):
-        for ids in cut:
-            words[tuple(ids)] += count
-    return [[number_of[piece_id] for piece_id in word] for word in words], list(words.values())
-
-
-def _spell_by_characters(base: Tokenizer, runs: Counter[str], symbols: _Symbols) -> list[list[int]]:
-    """Runs as a SentencePiece base cuts them, the bytes of an unknown character joined.
-
-    Two characters that stand side by side in no piece are never in one token, so a run falls apart between them and
-    only the distinct parts are encoded: for a base that knows Chinese characters but no words, the characters.
-    """
-    pieces = (base.token_bytes(piece_id).decode(errors="ignore") for piece_id in base.piece_ids)
-    alphabet = set().union(*runs)
-    neighbours = {pair for piece in pieces for pair in pairwise(piece) if alphabet.issuperset(pair)}
-    inner = {left for left, _ in neighbours}
-    cut = [run if inner.isdisjoint(run) else list(_cut(run, neighbours)) for run in runs]
-    distinct = sorted(set().union(*cut))
-    numbers = {}
-    for fragment, ids in zip(distinct, base.encode_continuations(distinct), strict=True):
-        numbers[fragment] = [symbols.number(part) for part in whole_characters(map(base.token_bytes, ids))]
-    return [[number for fragment in fragments for number in numbers[fragment]] for fragments in cut]
-
-
-def _cut(run: str, neighbours: set[tuple[str, str]]) -> Iterator[str]:
-    start = 0
-    for end, pair in enumerate(pairwise(run), start=1):
-        if pair not in neighbours:
-            yield run[start:end]
-            start = end
-    yield run[start:]
-
-
-def whole_characters(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The parts, those that are bytes of one character joined."""
-    begun = b""
-    for part in parts:
-        begun += part
-        try:
-            begun.decode()
-        except UnicodeDecodeError:
-            continue
-        yield begun
-        begun = b""
 
 
 def _applied(words: list[list[int]], merges: Sequence[tuple[bytes, bytes]], symbols: _Symbols) -> list[list[int]]:
