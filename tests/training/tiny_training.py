@@ -22,6 +22,16 @@ def tiny_model(tied: bool = False, seed: int = 0) -> Any:
     )  # fmt: skip
 
 
+def exact_norms(model: Any) -> Any:
+    """The model with RMSNorm in its own dtype: that of transformers rounds to float32 inside, also in float64."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon, dtype=child.weight.dtype)
+                setattr(module, name, norm)
+    return model
+
+
 def make_rows(count: int = 12, seed: int = 0) -> TokenRows:
     random = np.random.default_rng(seed)
     lengths = random.integers(3, 12, count)

@@ -7,17 +7,21 @@ that holds weights (`2-base`, the stages, `N-model`) is read and written through
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from graftlm.errors import UserError
-from graftlm.run import disk_errors, read_json, write_json
+from graftlm.run import disk_errors, progress, read_json, write_json
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -214,13 +218,25 @@ def verify_manifest(folder: Path) -> bool:
         size_bytes = file.stat().st_size
         if size_bytes != fact["bytes"]:
             raise UserError(f"{file} has {size_bytes:,} bytes; {MANIFEST} says {fact['bytes']:,}.", mend)
-    for name, fact in manifest.items():
+    for name, fact in progress(manifest.items(), len(manifest), f"checking {folder.name}"):
         if file_sha256(folder / name) != fact["sha256"]:
             raise UserError(f"{folder / name} changed since it was written (sha256 differs).", mend)
     added = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in manifest)
     if added:
         raise UserError(f"{folder / added[0]} is not in {MANIFEST}.", f"Move it elsewhere, or delete {path}.")
     return True
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Let a full disk show as the OSError it is: safetensors hides the system's number in its error's text."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
@@ -237,9 +253,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            write(scratch)
+            with system_errors():
+                write(scratch)
+            paths = sorted(scratch.iterdir())
             manifest = {
-                p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(scratch.iterdir())
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in progress(paths, len(paths), f"hashing {folder.name}")
             }
             for path in scratch.iterdir():
                 _sync(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from graftlm.errors import DiskError, UserError
+from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
 
 MANIFEST = "manifest.json"
@@ -64,14 +63,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def _write(temporary: Path, checkpoint: Checkpoint) -> None:
     temporary.mkdir()
     for name, group in checkpoint.tensors.items():
-        try:
+        with system_errors():
             save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
-        except SafetensorError as error:
-            # safetensors hides the system's error number in its text.
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     (temporary / "values.json").write_text(json.dumps(checkpoint.values), encoding="utf-8")
     manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
