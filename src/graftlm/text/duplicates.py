@@ -89,7 +89,7 @@ class _NearIndex:
     """Texts by what they share; each stands there under the reason for which a text near to it is dropped."""
 
     def __init__(self, threshold: float) -> None:
-        from rensa import RMinHashLSH
+        from rensa import RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
         rows = rows_per_band(threshold)
         bands = NUM_PERMUTATIONS // rows
@@ -121,7 +121,7 @@ class _NearIndex:
 
     def _minhash(self, text: str) -> Any:
         """A text is asked for and then inserted: its hash is made once."""
-        from rensa import RMinHash
+        from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
         if self._last[1] is None or self._last[0] != text:
             minhash = RMinHash(num_perm=self._num_permutations, seed=0)
