@@ -88,7 +88,9 @@ def append_merges(
             break
         dropped["cannot be reached by merging"] = dropped.get("cannot be reached by merging", 0) + len(dead)
         merges = _addable(old, [pair for pair in merges if pair[0] + pair[1] not in dead], script, dropped)
-    spelled = {old.token_bytes(i): (i,) for i in old.piece_ids if i not in old.special_ids}
+    spelled: dict[bytes, tuple[int, ...]] = {
+        old.token_bytes(i): (i,) for i in old.piece_ids if i not in old.special_ids
+    }
     expansions = {}
     for number, (left, right) in enumerate(merges):
         spelled[left + right] = spelled[left] + spelled[right]

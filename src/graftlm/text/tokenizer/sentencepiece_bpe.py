@@ -11,20 +11,34 @@ score, then id, then longer left part gives the same result wherever scores do n
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_format
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from graftlm.errors import UserError
 
-ModelProto = sentencepiece_format.ModelProto
+_format: Any = sentencepiece_format  # protobuf makes the classes of this module at run time
+
+if TYPE_CHECKING:
+
+    class ModelProto(Message):
+        """A parsed `.model` file."""
+
+        pieces: Any
+        trainer_spec: Any
+        normalizer_spec: Any
+
+else:
+    ModelProto = _format.ModelProto
+
 SPACE = "\u2581"  # SentencePiece's visible space
 
-_Type = ModelProto.SentencePiece
+_Type = _format.ModelProto.SentencePiece
 NORMAL, UNKNOWN, CONTROL, BYTE = _Type.NORMAL, _Type.UNKNOWN, _Type.CONTROL, _Type.BYTE
-_BPE = sentencepiece_format.TrainerSpec.BPE
+_BPE = _format.TrainerSpec.BPE
 _MODEL_TYPE_NAMES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
 ODDITY_SCORE = -1e8
