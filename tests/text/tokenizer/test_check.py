@@ -24,6 +24,7 @@ def test_a_graft_passes(llama_like: Path, tmp_path: Path) -> None:
     report = graft_tokenizer(llama_like, Section(text=(text,), num_pieces=30), tmp_path / "new")
     found = check_tokenizers(llama_like, tmp_path / "new", [text, english])
     assert found["is_graft"]
+    assert found["is_exact"]
     assert found["script"] == ("Han",)
     counts = ("num_old", "num_new", "num_total", "expand_violations", "engine_disagreements", "roundtrip_failures",
               "old_texts_changed", "unreachable_pieces", "old_ids_moved")  # fmt: skip
@@ -45,7 +46,7 @@ def test_a_careless_extension_is_told_with_examples(llama_like: Path, tmp_path: 
     careless.save(tmp_path / "careless")
     english = write_lines(tmp_path / "en.txt", ENGLISH)
     found = check_tokenizers(llama_like, tmp_path / "careless", [english])
-    assert not found["is_graft"]
+    assert (found["is_graft"], found["is_exact"]) == (False, False)
     assert (found["old_ids_moved"], found["num_new"], found["script"]) == (0, 2, ("Han",))
     assert found["drift"][english]["num_changed_without_script"] == 80
     assert found["old_texts_changed"] >= 80
@@ -58,7 +59,7 @@ def test_unrelated_tokenizers_are_compared_all_the_same(llama_like: Path, llama3
     other = train_base_tokenizer(["quite other words here"] * 9, 290, tmp_path / "other")
     for new in (llama3_like, tmp_path / "other"):
         found = check_tokenizers(llama_like, new)
-        assert not found["is_graft"]
+        assert (found["is_graft"], found["is_exact"]) == (False, False)
         assert found["old_ids_moved"] > 0
         assert found["old_texts_changed"] > 10
         assert found["drift_examples"]

@@ -28,8 +28,9 @@ _SHOWN_PIECES = 12
 def check_tokenizers(old: str | Path, new: str | Path, texts: Sequence[str] = ()) -> dict[str, Any]:
     """Try on every text of the files `texts`, and on made ones, whether `new` encodes as a graft of `old` should.
 
-    Returns the counts of a graft's report, the share of texts by file whose encoding differs (`drift`), and examples of
-    text without the new script that is cut differently. Raises UserError for unusable tokenizers or texts.
+    Returns the counts of a graft's report, whether they make it exact (`is_exact`), the share of texts by file whose
+    encoding differs (`drift`), and examples of text without the new script that is cut differently. Raises UserError
+    for unusable tokenizers or texts.
     """
     before, after = load_tokenizer(old), load_tokenizer(new)
     is_graft = _is_graft_of(after, before)
@@ -43,7 +44,9 @@ def check_tokenizers(old: str | Path, new: str | Path, texts: Sequence[str] = ()
     made = make_texts(before, after, real, script, NUM_FUZZED_TEXTS)
     proof = prove(before, after, real, made, script, other_engines(after, _folder_to_try(new)))
     num_shared = min(before.num_pieces, after.num_pieces) - len(moved)
+    faults = (proof.expand_violations, proof.engine_disagreements, proof.roundtrip_failures, proof.old_texts_changed)
     return {
+        "is_exact": not any(faults) and not moved and not proof.unreachable_pieces,
         "is_graft": is_graft,
         "script": script.names,
         "num_old": before.num_pieces,
