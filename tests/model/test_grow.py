@@ -10,12 +10,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from graftlm.errors import UserError
 from graftlm.model.causal import (
-    empty_causal,
     head_weight,
     is_tied,
     load_causal,
     new_causal,
-    parameter_count,
     save_causal,
 )
 from graftlm.model.grow import expand_model, grow_embeddings
@@ -137,21 +135,6 @@ def test_each_initialisation_is_what_it_says(old, new, tmp_path):
     torch.testing.assert_close(now[without], old_VH[old.encode_continuation("世")].mean(0))
 
 
-def test_similarity_weights_the_nearest_rows(old):
-    """Against the formula written out: soft-max over the ten highest cosines at temperature 0.1."""
-    from graftlm.model.row_init import find_neighbours
-
-    generator = torch.Generator().manual_seed(0)
-    pieces = [f"p{i}" for i in range(30)]
-    vectors = {piece: torch.randn(8, generator=generator) for piece in [*pieces, "n"]}
-    found = find_neighbours(vectors, pieces, ["unknown", "n"])
-    assert found.is_known_N.tolist() == [False, True]
-    cosines = torch.stack([torch.cosine_similarity(vectors["n"], vectors[p], dim=0) for p in pieces])
-    values, places = cosines.sort(descending=True)
-    assert found.ids_NK[1].tolist() == places[:10].tolist()
-    torch.testing.assert_close(found.weights_NK[1], (values[:10] / 0.1).softmax(0))
-
-
 def test_row_rms_tells_mean_rows_are_short(old, new):
     model = model_for(old.num_pieces)
     report = grow_embeddings(model, old, new, "mean", "subpiece-mean-norm", 0)
@@ -215,14 +198,6 @@ def test_mistaken_initialisations_are_told(old, new, tmp_path):
     save_file({"zzz": torch.ones(3)}, tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="none belongs to an old piece"):
         grow_embeddings(model, old, new, "mean", "similarity", 0, tmp_path / "none.safetensors")
-
-
-def test_full_parameter_count_of_the_card():
-    """The card's count at 7B geometry with 49,954 rows."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(vocab_size=49_954, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
-    assert parameter_count(empty_causal(config)) == 6_885_494_784
 
 
 @pytest.mark.slow

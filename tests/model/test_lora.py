@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM
 from graftlm.errors import NumericalStop, UserError
 from graftlm.model.causal import (
     body_of,
-    empty_causal,
     head_weight,
     load_causal,
     new_causal,
-    parameter_count,
     save_causal,
 )
 from graftlm.model.lora import attach_lora, load_adapter, merge_lora, save_adapter
@@ -169,21 +167,3 @@ def test_a_merge_that_is_not_finite_stops():
         parameter_groups_by_role(model)["adapter"][0][1].fill_(float("inf"))
     with pytest.raises(NumericalStop, match="not finite"):
         merge_lora(model)
-
-
-@pytest.mark.parametrize(("rank", "expected"), [(64, 569_131_008), (8, 429_211_648)])
-def test_parameters_that_learn_at_7b_geometry(rank, expected):
-    """The card's counts: adapters on seven projections plus the whole embedding and head, nothing doubled."""
-    model = attach_lora(empty_7b(), rank=rank, alpha=32)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.weight.requires_grad_(True)
-    assert parameter_count(model, only_trained=True) == expected
-
-
-def empty_7b():
-    """Llama-2-7B with the card's 49,954 rows, on the meta device."""
-    from transformers import LlamaConfig
-
-    return empty_causal(
-        LlamaConfig(vocab_size=49_954, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32)
-    )

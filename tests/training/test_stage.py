@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -98,12 +95,6 @@ def test_merged_equals_adapter(tied, extra):
     assert torch.allclose(adapter, merged, atol=1e-5, rtol=0)
 
 
-def test_new_rows_without_new_pieces_are_refused():
-    for trains in (make_stage(NEW_ROWS).trains, make_stage({**LORA, "rows": "new"}).trains):
-        with pytest.raises(UserError, match="no new pieces"):
-            prepare_model(tiny_model(), trains, None, seed=0)
-
-
 CASES = [
     pytest.param(trains, precision, id=f"{trains['kind']}-{precision}")
     for trains in (FULL, LORA, NEW_ROWS)
@@ -182,34 +173,6 @@ def test_asked_to_stop_it_saves_first(stage_run, monkeypatch, number, at):
     assert weights_sha256(finish(stage_run(stage))) == expected
 
 
-def test_killed_for_good_it_continues(tmp_path, stage_run):
-    """R1: kill -9 of a process in training, twice."""
-    stage = make_stage(LORA, epochs=100, checkpoint_every=5, heldout_every=50)
-    expected = weights_sha256(finish(stage_run(stage, "whole")))
-    (tmp_path / "stage.json").write_text(stage.model_dump_json())
-    program = (
-        "import sys, torch\nfrom pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from tiny_training import *\nfrom graftlm.training.stage import StageRun\n"
-        "torch.set_num_threads(1)\n"
-        "folder = Path(sys.argv[1])\n"
-        "stage = Stage.model_validate_json((folder / 'stage.json').read_text())\n"
-        "(folder / 'cut').mkdir(exist_ok=True)\n"
-        "StageRun(tiny_model(), stage, make_rows(), {'new': make_rows(4, seed=9)}, folder / 'cut',"
-        " torch.device('cpu'), FIRST_NEW_ID).run()\n"
-    )
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    for kill_at in (20, 60):
-        child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.DEVNULL)
-        while child.poll() is None and not (metrics.exists() and max(steps_of(tmp_path / "cut"), default=0) >= kill_at):
-            time.sleep(0.005)
-        assert child.poll() is None, "it ended before it could be killed"
-        child.kill()
-        child.wait()
-    assert weights_sha256(finish(stage_run(stage, "cut"))) == expected
-    assert steps_of(tmp_path / "cut") == list(range(1, 301))
-
-
 def test_stages_in_memory_equal_stages_from_disk(stage_run, tmp_path):
     """Any boundary: the chain of `apply_stage` gives the bits that went on in memory."""
     stages = [make_stage(t, seed=i) for i, t in enumerate([FULL, {**LORA, "dora": True}, NEW_ROWS, LORA, FULL])]
@@ -262,7 +225,7 @@ def test_gradient_checkpointing_changes_no_gradient(stage_run, trains):
     stage = make_stage({**trains, "dropout": 0.0} if "dropout" in trains else trains)
     plain = finish(stage_run(stage, "plain")).state_dict()
     saving = finish(stage_run(stage.model_copy(update={"gradient_checkpointing": True}), "saving"))
-    assert not saving.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in saving.modules())
     assert all(torch.allclose(plain[name], t, rtol=1e-4, atol=1e-6) for name, t in saving.state_dict().items())
 
 

@@ -8,9 +8,10 @@ the same logits. On the road it stands inside a LoRA stage and in the adapter ex
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,8 +66,7 @@ def attach_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks by a name of yesterday
+    with torch.random.fork_rng(), _without_notices():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
@@ -166,7 +166,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: s
             f"Load it on {made_for['base']}, or train an adapter for this model.",
         )
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
+        with _without_notices():
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"The adapter {folder} does not fit the model: {reason}", "Export it again.") from None
@@ -175,6 +176,15 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: s
     if different:
         raise UserError(f"The adapter {folder} and its config disagree on {different[0]}.", "Export it again.")
     return adapted
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Without what PEFT says that is no one's concern: a property's old name, and tied matrices saved as two."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")
+        yield
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
