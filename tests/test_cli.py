@@ -198,6 +198,14 @@ def test_generate_and_eval_print_one_object(run: Run, base: Path, tmp_path: Path
     assert low <= figures["bits_per_byte"] <= high
 
 
+def test_eval_refuses_files_without_answers(run: Run, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("only text here\n")
+    for name, told in (("plain.txt", "holds no dialogue with an answer"), ("missing.jsonl", "missing.jsonl")):
+        code, out, err = run("eval", base, "--data", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert told in err
+
+
 def test_tokenizer_graft_then_expand(run: Run, base: Path, tmp_path: Path) -> None:
     text = tmp_path / "zh.txt"
     text.write_text("今天天气很好\n" * 30, encoding="utf-8")

@@ -50,18 +50,21 @@ def evaluate_files(model: str, files: Sequence[str]) -> dict[str, Any]:
 
     folder = find_model(model_of_run(model))
     tokenizer = load_tokenizer(folder)
+    template = find_template("tokenizer" if tokenizer.chat_template else "card", tokenizer)
+    read = {name: read_conversations(name) for name in files}  # before the model: a wrong name is told at once
+    for name, (conversations, dropped) in read.items():
+        if not any(rows_of(conversation, template) for conversation in conversations):
+            lost = ", ".join(f"{reason}: {count}" for reason, count in dropped.counts.items())
+            raise UserError(
+                f"{name} holds no dialogue with an answer to judge by{f' ({lost})' if lost else ''}.",
+                f"Look: graftlm data {name}",
+            )
     device = pick_device("auto")
     loaded: Any = load_causal(folder)
-    loaded.to(device)
     check_ids(loaded, tokenizer.num_pieces)
-    template = find_template("tokenizer" if tokenizer.chat_template else "card", tokenizer)
+    loaded.to(device)
     found: dict[str, Any] = {}
-    for name in files:
-        conversations, dropped = read_conversations(name)
-        if not conversations:
-            raise UserError(
-                f"{name} holds no usable dialogue; dropped: {dropped.counts}.", f"Look: graftlm data {name}"
-            )
+    for name, (conversations, dropped) in read.items():
         figures = evaluate_conversations(loaded, tokenizer, template, conversations, device)
         found[name] = {**asdict(figures), "dropped": dropped.counts}
     return found
