@@ -175,7 +175,7 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
     inputs = inputs_of(recipe)
     stops = []
     if recipe.base.scratch:
-        scratch = recipe.base.scratch.model_dump(mode="json", exclude={"training": HOW_NOT_WHAT})
+        scratch = recipe.base.scratch.model_dump(mode="json", exclude={"training": set(HOW_NOT_WHAT)})
         asked = {"base": {"scratch": scratch}, "seed": recipe.seed}
         stops.append(_Stop("0-scratch", asked, road.build_scratch, inputs["scratch"]))
     stops += [

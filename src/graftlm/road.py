@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,8 +33,8 @@ from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
 from graftlm.training.scratch import build_scratch_base
 from graftlm.training.stage import StageRun, apply_stage, attach_stage
 
-LANGUAGES = ("new", "old")
-NUM_NEW_TEXTS = 64
+LANGUAGES: tuple[Literal["new", "old"], ...] = ("new", "old")
+NUM_NEW_TEXTS = 16
 
 Facts = dict[str, Any]
 """Small values a step leaves in its done mark."""

@@ -101,7 +101,7 @@ def _weight_map(index_path: Path) -> dict[str, str]:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         shards = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        shards = {None}
+        weight_map, shards = {}, {None}
     if not shards or not all(isinstance(shard, str) for shard in shards):
         raise UserError(f"{index_path} has no usable weight_map.", "Fetch the index file again.")
     return weight_map

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from graftlm.errors import UserError
 from graftlm.model.lora import attach_lora, merge_lora
-from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
+from graftlm.model.rows import Role, join_rows, parameter_groups_by_role, split_rows
 from graftlm.recipe import Full, Lora, NewRows
 
 
@@ -44,7 +44,7 @@ def prepare_model(model: Any, trains: Full | Lora | NewRows, first_new_id: int |
     if first_new_id is not None and rows != "none":
         split_rows(model, first_new_id)
     roles = parameter_groups_by_role(model)
-    learns = {"old_rows": rows == "all", "new_rows": rows in ("all", "new")}
+    learns: dict[Role, bool] = {"old_rows": rows == "all", "new_rows": rows in ("all", "new")}
     for role, does_learn in learns.items():
         for _, parameter in roles[role]:
             parameter.requires_grad_(does_learn)
