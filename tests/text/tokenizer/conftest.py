@@ -6,13 +6,18 @@ import pytest
 from small_tokenizers import ENGLISH, learn_ranks, sentences, train_byte_level, write_ranks
 
 from graftlm.text.tokenizer import train_base_tokenizer
+from graftlm.text.tokenizer.load import tokenizer_of_model
 
 
 @pytest.fixture(scope="session")
 def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece BPE base that knows English and single characters of the others."""
+    """A SentencePiece BPE base that knows English and single characters of the others, and Llama's runs of spaces."""
     folder = tmp_path_factory.mktemp("llama-like")
-    train_base_tokenizer([*ENGLISH, "今 天 我 の ー ال है न म"], 360, folder)
+    trained = train_base_tokenizer([*ENGLISH, "今 天 我 の ー ال है न म"], 357)
+    assert trained.model is not None
+    for length in (2, 4, 3):  # as in Llama, powers of two first
+        trained.model.pieces.add(piece="▁" * length, score=-1e9)
+    tokenizer_of_model(trained.model).save(folder)
     return folder
 
 

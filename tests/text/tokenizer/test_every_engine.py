@@ -66,3 +66,18 @@ def test_100_000_texts_in_every_engine(shared_real: Path, tmp_path: Path, base: 
     print(f"\n{base} {mode}: {asdict(proof)}")
     assert proof.num_texts_checked > 100_000
     assert {fault: getattr(proof, fault) for fault in _FAULTS} == dict.fromkeys(_FAULTS, 0), proof.examples
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("language", ["Japanese", "Arabic", "Devanagari"])
+@pytest.mark.parametrize(("base", "pre"), [("llama2.model", "default"), ("llama3.tiktoken", "llama-bpe")])
+def test_other_languages_on_real_bases(shared_real: Path, tmp_path: Path, base: str, pre: str, language: str) -> None:
+    """Pieces with a space before the word meet Llama's runs of spaces; marks are cut off by Llama-3's word pattern."""
+    texts, source = sentences(language, 500), shared_real / "tokenizers" / base
+    section = Section(text=(write_lines(tmp_path / "text.txt", texts),), script=SCRIPTS[language], num_pieces=300)
+    graft_tokenizer(source, section, tmp_path / "out")
+    proof = prove_everywhere(source, tmp_path / "out", texts, SCRIPTS[language], 10_000, pre)
+    print(f"\n{base} {language}: {asdict(proof)}")
+    assert proof.num_texts_checked > 15_000
+    assert {fault: getattr(proof, fault) for fault in _FAULTS} == dict.fromkeys(_FAULTS, 0), proof.examples

@@ -55,6 +55,8 @@ def test_expanding_gives_the_bases_ids(
         *WORDS[language].split(),
         *"今天はのーالहै्",
         " ",
+        "  ",
+        "   ",
         "text",
         "Plain ",
         "\n",

@@ -38,14 +38,20 @@ def test_fast_form_encodes_as_sentencepiece(model: ModelProto) -> None:
 
 def test_reasons_for_no_exact_form(model: ModelProto) -> None:
     assert why_not_exact(model) is None
-    tied, unigram, rewriting = ModelProto(), ModelProto(), ModelProto()
-    for copy in (tied, unigram, rewriting):
+    tied, unigram, rewriting, spaces = ModelProto(), ModelProto(), ModelProto(), ModelProto()
+    for copy in (tied, unigram, rewriting, spaces):
         copy.CopyFrom(model)
     tied.pieces[-1].score = tied.pieces[300].score = 0.0
     tied.pieces[-1].piece, tied.pieces[300].piece = "ab", "ba"
     unigram.trainer_spec.model_type = 1
     rewriting.normalizer_spec.remove_extra_whitespaces = True
-    for copy, reason in ((tied, "share one score"), (unigram, "Unigram"), (rewriting, "rewrites text")):
+    spaces.pieces[-1].piece, spaces.pieces[-2].piece = spaces.pieces[-2].piece, spaces.pieces[-1].piece
+    for copy, reason in (
+        (tied, "share one score"),
+        (unigram, "Unigram"),
+        (rewriting, "rewrites text"),
+        (spaces, "runs of spaces"),
+    ):
         assert reason in (why_not_exact(copy) or "")
         with pytest.raises(UserError, match=reason):
             build_fast(copy)

@@ -20,9 +20,21 @@ def test_scores_lie_below_all_old_ones_in_order_of_ids(llama_like: Path) -> None
     before, added = new.model.pieces[: old.num_pieces], new.model.pieces[old.num_pieces :]
     assert [p.SerializeToString() for p in before] == [p.SerializeToString() for p in old.model.pieces]
     assert [piece.piece for piece in added] == ["气", "天气", "今天", "今天天气", "[PAD]"]
-    lowest = min(piece.score for piece in before if piece.type == NORMAL)
+    lowest = min(piece.score for piece in before if piece.type == NORMAL and piece.score > -1e8)
     assert [piece.score for piece in added[:4]] == [lowest - 1, lowest - 2, lowest - 3, lowest - 4]
     assert new.model.trainer_spec.vocab_size == new.num_pieces == old.num_pieces + 5
+
+
+def test_pieces_with_a_space_come_after_runs_of_spaces_too(llama_like: Path) -> None:
+    """In two spaces and a word the base joins the spaces; a piece of space and word must not come before that."""
+    old = load_tokenizer(llama_like)
+    new = append_after(old, [" 好", "好", " 我好"], None, {})
+    assert new.model is not None
+    scores = [piece.score for piece in new.model.pieces[old.num_pieces :]]
+    assert -1e9 > scores[0] > scores[1] > scores[2] > -1.001e9
+    for text in ("  好", " 好", "x 好", "x  好", "x   好", "    好", "  我好"):
+        assert new.expand(new.encode(text)) == old.encode(text), text
+    assert old.num_pieces in new.encode("x 好")
 
 
 def test_dead_pieces_are_dropped_until_none_is_left(llama_like: Path) -> None:

@@ -115,7 +115,13 @@ class _Symbols:
         self._max_chars = max_chars
         self._is_byte_level = base.is_byte_level
         self._numbers: dict[bytes, int] = {}
-        self._made: set[bytes] = set()
+        self._made = set() if base.is_byte_level else self._parts_of_pieces(base)
+
+    def _parts_of_pieces(self, base: Tokenizer) -> set[bytes]:
+        """What lies inside a piece of a SentencePiece base must not become a piece (`sentencepiece_graft.py`)."""
+        texts = (base.token_bytes(piece_id).decode(errors="ignore") for piece_id in base.piece_ids)
+        longer = [text for text in texts if len(text) > 2 and self.script.occurs_in(text)]
+        return {text[a:b].encode() for text in longer for b in range(2, len(text) + 1) for a in range(b - 1)}
 
     def number(self, part: bytes) -> int:
         """The number of a byte string, given on first sight."""

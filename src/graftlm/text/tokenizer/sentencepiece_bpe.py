@@ -10,6 +10,8 @@ score, then id, then longer left part gives the same result wherever scores do n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,8 @@ def why_not_exact(model: ModelProto) -> str | None:
         return "it marks spaces in another way than a leading ▁"
     if any(piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE) for piece in model.pieces):
         return "it holds user-defined pieces"
+    if not _space_runs_agree(model):
+        return "its runs of spaces share one score, and are of lengths that the two rules put together differently"
     if has_tied_scores(model):
         return (
             "several of its pieces share one score: for XY and YX tied, SentencePiece gives XYX = XY+X and "
@@ -108,13 +112,37 @@ def why_not_exact(model: ModelProto) -> str | None:
 
 
 def has_tied_scores(model: ModelProto) -> bool:
-    """Whether two mergeable pieces share a score; runs of spaces are excepted, their ties being harmless."""
+    """Whether two mergeable pieces share a score; runs of spaces are looked at by themselves."""
     scores = [
         piece.score
         for piece in model.pieces
         if piece.type == NORMAL and len(piece.piece) > 1 and piece.piece.strip(SPACE)
     ]
     return len(set(scores)) < len(scores)
+
+
+def _space_runs_agree(model: ModelProto) -> bool:
+    """Whether runs of spaces, which Llama scores all alike, come out the same under both rules.
+
+    Only their lengths matter, so both are played with numbers on every run up to twice the longest.
+    """
+    pieces = [piece for piece in model.pieces if piece.type == NORMAL and not piece.piece.strip(SPACE)]
+    scores = {len(piece.piece): -piece.score for piece in pieces}
+    ids = {length: number for number, length in enumerate(scores)}
+
+    def joined(num_spaces: int, rank: Callable[[int, int], tuple[float, ...]]) -> list[int]:
+        run = [1] * num_spaces
+        while True:
+            found = [(rank(a, b), place) for place, (a, b) in enumerate(pairwise(run)) if a + b in scores]
+            if not found:
+                return run
+            _, place = min(found)
+            run[place : place + 2] = [run[place] + run[place + 1]]
+
+    return all(
+        joined(number, lambda a, b: (scores[a + b],)) == joined(number, lambda a, b: (scores[a + b], ids[a + b], -a))
+        for number in range(3, 2 * max(scores, default=0) + 1)
+    )
 
 
 def list_merges(model: ModelProto) -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
+
 from graftlm.errors import UserError
 from graftlm.text.tokenizer.engines import FastEngine
 from graftlm.text.tokenizer.load import tokenizer_of_model
@@ -79,9 +81,9 @@ def append_after(old: Tokenizer, pieces: Sequence[str], pad: str | None, dropped
     if inside:
         dropped["part of a piece of the base"] = len(inside)
         pieces = [piece for piece in pieces if piece not in inside]
-    lowest = min(p.score for p in old.model.pieces if p.type == NORMAL and p.score > ODDITY_SCORE)
+    score = _scores_below(old.model, has_spaces=any(SPACE in piece for piece in pieces))
     while True:
-        new = append_pieces(old, pieces, lambda k: lowest - 1 - k, pad)
+        new = append_pieces(old, pieces, score, pad)
         reached = new.encode_continuations([piece.replace(SPACE, " ") for piece in pieces])
         first = old.num_pieces
         dead = {piece for k, (piece, ids) in enumerate(zip(pieces, reached, strict=True)) if ids != [first + k]}
@@ -89,6 +91,18 @@ def append_after(old: Tokenizer, pieces: Sequence[str], pad: str | None, dropped
             return new
         dropped["cannot be reached by merging"] = dropped.get("cannot be reached by merging", 0) + len(dead)
         pieces = [piece for piece in pieces if piece not in dead]
+
+
+def _scores_below(model: ModelProto, *, has_spaces: bool) -> Callable[[int], float]:
+    """The score of the k-th new piece: below every learned one, and all different in the model's float32.
+
+    Llama's runs of spaces, at -1e9, never meet a piece without a space, so scores can go on from the learned ones.
+    A piece with a space before its word must come after them too: in two spaces and a word, the base joins the spaces.
+    """
+    scores = [p.score for p in model.pieces if p.type == NORMAL and (has_spaces or p.score > ODDITY_SCORE)]
+    lowest = min(scores)
+    step = max(1.0, 2 * float(np.spacing(np.float32(abs(lowest)))))
+    return lambda number: lowest - step * (number + 1)
 
 
 def _inside_old_pieces(model: ModelProto, pieces: Sequence[str]) -> set[str]:
