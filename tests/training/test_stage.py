@@ -222,7 +222,8 @@ def test_when_every_step_is_skipped_it_stops(stage_run, floor):
 
 @pytest.mark.parametrize("trains", [FULL, LORA])
 def test_gradient_checkpointing_changes_no_gradient(stage_run, trains):
-    stage = make_stage({**trains, "dropout": 0.0} if "dropout" in trains else trains)
+    """Dropout too: what is computed again drops the same."""
+    stage = make_stage(trains)
     plain = finish(stage_run(stage, "plain")).state_dict()
     saving = finish(stage_run(stage.model_copy(update={"gradient_checkpointing": True}), "saving"))
     assert not any(getattr(module, "gradient_checkpointing", False) for module in saving.modules())
