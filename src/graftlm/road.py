@@ -202,7 +202,9 @@ class Road:
         return {}
 
     def _heldout_conversations(self) -> dict[str, list[Conversation]]:
-        files = {language: self.folder / "3-data" / f"heldout-{language}.jsonl" for language in LANGUAGES}
+        files: dict[Literal["new", "old"], Path] = {
+            language: self.folder / "3-data" / f"heldout-{language}.jsonl" for language in LANGUAGES
+        }
         return {
             language: read_conversations(path, language=language)[0]
             for language, path in files.items()
@@ -212,10 +214,12 @@ class Road:
     def _states(self) -> Iterator[tuple[str, Any, Tokenizer]]:
         """The model at every stop of the road, one in memory at a time."""
         tokenizer = self._tokenizer
-        yield "base", load_causal(self._base).to(self.device), load_tokenizer(find_model(self._base))
+        model: Any = load_causal(self._base)
+        yield "base", model.to(self.device), load_tokenizer(find_model(self._base))
         model = load_causal(self.folder / "2-base")
         yield "grown", model.to(self.device), tokenizer
         for number, stage in enumerate(self.recipe.stages):
             model = self._apply(model.cpu(), number)
             yield stage.name, model.to(self.device), tokenizer
-        yield "model", load_causal(self.model_folder).to(self.device), tokenizer
+        model = load_causal(self.model_folder)
+        yield "model", model.to(self.device), tokenizer

@@ -10,7 +10,7 @@ from graftlm.model.causal import load_causal, model_fingerprint
 from graftlm.recipe import Scratch
 from graftlm.run import read_metrics
 from graftlm.text.tokenizer import load_tokenizer
-from graftlm.training.scratch import build_scratch_base, read_plain
+from graftlm.training.scratch import build_scratch_base
 
 TEXT = "\n\n".join(
     f"The {a} {v} the {b}." for a in ("cat", "dog", "bird") for v in ("sees", "likes") for b in ("sea", "sun")
@@ -55,11 +55,12 @@ def test_a_second_base_into_a_finished_folder_trains_no_more(tmp_path: Path) -> 
     assert read_metrics(tmp_path / "a" / "metrics.jsonl") == lines
 
 
-def test_text_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("gbk.txt", r"gbk\.txt:1: not UTF-8 \(byte 0xd6\)"), ("none.txt", "cannot be read"), (".", "cannot be read")],
+)
+def test_text_that_cannot_be_read_is_told(tmp_path: Path, name: str, told: str) -> None:
     (tmp_path / "gbk.txt").write_bytes("中文".encode("gb18030"))
-    with pytest.raises(UserError, match=r"gbk\.txt is not UTF-8 \(byte 0\)") as error:
-        read_plain(tmp_path / "gbk.txt")
-    assert "iconv -f GB18030" in error.value.fix
-    for missing in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError, match="cannot be read"):
-            read_plain(missing)
+    section = scratch(tmp_path).model_copy(update={"text": (str(tmp_path / name),)})
+    with pytest.raises(UserError, match=told):
+        build_scratch_base(section, 1, tmp_path / "a", torch.device("cpu"))

@@ -35,6 +35,7 @@ from graftlm.run import say
 __all__ = [
     "body_of", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied", "load_causal",
     "model_fingerprint", "new_causal", "parameter_count", "plain_model", "recompute_activations", "save_causal",
+    "vocabulary_modules",
 ]  # fmt: skip
 
 # Pre-norm decoders with RMSNorm whose logits are exactly hidden @ head.T: no soft cap, no scale after it.
@@ -85,10 +86,11 @@ def load_causal(
     verify_manifest(folder)
     _check_tensors(folder, config, tensors)
     transformers_logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True,
         trust_remote_code=False, local_files_only=True, output_loading_info=True,
     )  # fmt: skip
+    model, info = loaded
     assert not info["missing_keys"], info["missing_keys"]  # _check_tensors knows better than to get here
     return _without_padding_index(model)
 
@@ -183,14 +185,20 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
 
 
-def body_of(model: nn.Module) -> nn.Module:
+def body_of(model: nn.Module) -> Any:
     """The decoder that turns ids_BT into hidden states BTH (`.last_hidden_state`), adapters included."""
     return plain_model(model).get_decoder()
 
 
+def vocabulary_modules(model: nn.Module) -> tuple[Any, Any]:
+    """The input embedding and the output head, whose `weight`s have a row for each id; one matrix where tied."""
+    plain = plain_model(model)
+    return plain.get_input_embeddings(), plain.get_output_embeddings()
+
+
 def head_weight(model: nn.Module) -> Tensor:
     """The output head's matrix VH, tied to the input embedding or not: logits are hidden @ head.T."""
-    return plain_model(model).get_output_embeddings().weight
+    return vocabulary_modules(model)[1].weight
 
 
 def recompute_activations(model: nn.Module, is_on: bool) -> None:
@@ -237,7 +245,7 @@ def _checked_config(folder: Path) -> PretrainedConfig:
     if raw.get("auto_map"):
         say(f"{folder}: its config points at code of its own (auto_map); that code is not run.")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "auto_map"):
             del config.auto_map
         with torch.device("meta"):

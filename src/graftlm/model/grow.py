@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,17 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import PreTrainedModel
 
 from graftlm.errors import UserError
-from graftlm.model.causal import body_of, check_ids, empty_causal, find_model, is_tied, load_causal, save_causal
+from graftlm.model.causal import (
+    body_of,
+    check_ids,
+    empty_causal,
+    find_model,
+    head_weight,
+    is_tied,
+    load_causal,
+    save_causal,
+    vocabulary_modules,
+)
 from graftlm.model.row_init import INITS, Neighbours, find_neighbours, read_vectors, row_rms, start_rows
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -153,12 +164,13 @@ def grow_embeddings(
     expansions = [_expansion(i, old_tokenizer, new_tokenizer) for i in range(num_old, num_new)]
     neighbours = _neighbours(vectors, old_tokenizer, new_tokenizer) if vectors else None
     proof = _take_proof(model, old_tokenizer, old_texts, seed)
-    num_rows_old = len(model.get_input_embeddings().weight)
+    embedding, head = vocabulary_modules(model)
+    num_rows_old = len(embedding.weight)
     num_rows_new = max(num_rows_old, num_new)
     tied = is_tied(model)
-    matrices = {"embedding": (model.get_input_embeddings(), embedding_init)}
+    matrices = {"embedding": (embedding, embedding_init)}
     if not tied:
-        matrices["head"] = (model.get_output_embeddings(), head_init)
+        matrices["head"] = (head, head_init)
     rms = {}
     for number, (name, (module, init)) in enumerate(matrices.items()):
         generator = torch.Generator().manual_seed(seed * 2 + number)
@@ -233,9 +245,9 @@ def _with_rows(old_VH: Tensor, num_old: int, rows: Tensor, num_rows: int) -> Ten
     return grown
 
 
-def _tell_the_model(model: PreTrainedModel, tokenizer: Tokenizer, num_rows: int, tied: bool) -> None:
+def _tell_the_model(model: Any, tokenizer: Tokenizer, num_rows: int, tied: bool) -> None:
     """Bring everything that names the number of rows, or an id, up to date."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = vocabulary_modules(model)
     if tied:
         head.weight = embedding.weight
     embedding.num_embeddings = head.out_features = num_rows
@@ -267,7 +279,7 @@ def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _old_logits(model: PreTrainedModel, hidden_TH: Tensor, num_old: int) -> Tensor:
     # A copy: a weight mapped from a file may lie unaligned, which alone can change the order of a product's sums.
-    return linear(hidden_TH, model.get_output_embeddings().weight.detach()[:num_old].clone())
+    return linear(hidden_TH, head_weight(model).detach()[:num_old].clone())
 
 
 def _take_proof(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], seed: int) -> _Proof:
@@ -280,13 +292,13 @@ def _take_proof(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[st
     return _Proof(ids, hidden, [_old_logits(model, h, tokenizer.num_pieces) for h in hidden])
 
 
-def _compare(model: PreTrainedModel, proof: _Proof, num_old: int) -> dict[str, int | float | bool]:
+def _compare(model: PreTrainedModel, proof: _Proof, num_old: int) -> dict[str, Any]:
     """The proof, taken again after growing. A failure is our own fault, not the user's: asserted."""
     hidden = [_hidden_TH(model, row) for row in proof.ids]
     same_hidden = all(torch.equal(a, b) for a, b in zip(hidden, proof.hidden, strict=True))
     old_logits = [_old_logits(model, h, num_old) for h in hidden]
     same_logits = all(torch.equal(a, b) for a, b in zip(old_logits, proof.logits, strict=True))
-    head = model.get_output_embeddings().weight.detach()
+    head = head_weight(model).detach()
     differences = [
         (linear(h, head)[:, :num_old].float() - was.float()).abs().max().item()
         for h, was in zip(hidden, proof.logits, strict=True)
@@ -310,7 +322,7 @@ def _compare(model: PreTrainedModel, proof: _Proof, num_old: int) -> dict[str, i
 def _first_losses(
     model: PreTrainedModel, tokenizer: Tokenizer, num_old: int, old_texts: Sequence[str], new_texts: Sequence[str]
 ) -> dict[str, float]:
-    head = model.get_output_embeddings().weight.detach()
+    head = head_weight(model).detach()
     losses: dict[str, list[Tensor]] = {}
     for language, texts in (("old_text", old_texts), ("new_text", new_texts)):
         for text in texts:

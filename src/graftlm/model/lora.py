@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from graftlm.errors import NumericalStop, UserError
-from graftlm.model.causal import is_tied, model_fingerprint, plain_model
+from graftlm.model.causal import is_tied, model_fingerprint, plain_model, vocabulary_modules
 from graftlm.model.weights import read_header, verify_manifest, write_folder
 from graftlm.run import read_json
 
@@ -58,7 +59,7 @@ def attach_lora(
         )
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by any number
         lora_dropout=dropout,
         target_modules=sorted(targets),
         use_rslora=rslora,
@@ -114,14 +115,13 @@ def save_adapter(
     Embedding and head go with it when their rows were trained. `base` is the model the adapter belongs to;
     `base_fingerprint` is taken from its files when not given. Raises DiskError.
     """
-    plain = plain_model(model)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    vocabulary = {"model.embed_tokens": plain.get_input_embeddings(), "lm_head": plain.get_output_embeddings()}
+    vocabulary = dict(zip(("model.embed_tokens", "lm_head"), vocabulary_modules(model), strict=True))
     trained = {name: m for name, m in vocabulary.items() if any(p.requires_grad for p in m.parameters())}
     tensors |= {f"base_model.model.{name}.weight": module.weight for name, module in trained.items()}
     # PEFT drops the adapter's name from keys, and a split matrix must be saved as one.
     tensors = {name: t for name, t in tensors.items() if ".parametrizations." not in name}
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     fingerprint = base_fingerprint or model_fingerprint(base)
 
     def write(scratch: Path) -> None:
@@ -158,7 +158,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: s
     verify_manifest(folder)
     stored = read_header(folder / ADAPTER_FILE)
     made_for = read_json(folder / BASE_FILE)
-    found = base_fingerprint or model_fingerprint(model.name_or_path)
+    found = base_fingerprint or model_fingerprint(str(model.name_or_path))
     if made_for["fingerprint"] != found:
         raise UserError(
             f"The adapter {folder} belongs to another base: {made_for['base']} ({made_for['fingerprint'][:12]}), "

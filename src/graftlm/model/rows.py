@@ -7,14 +7,14 @@ bit. On the road every stage splits before it trains and joins before it hands i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
-from graftlm.model.causal import is_tied, plain_model
+from graftlm.model.causal import is_tied, vocabulary_modules
 
 Role = Literal["adapter", "body", "old_rows", "new_rows"]
 
@@ -38,7 +38,7 @@ def split_rows(model: nn.Module, first_new_id: int) -> None:
 
     A tied head keeps sharing both parts with the embedding. The model computes exactly what it did.
     """
-    embedding, head = _vocabulary_modules(model)
+    embedding, head = vocabulary_modules(model)
     assert not parametrize.is_parametrized(embedding), "the rows are split already"
     assert 0 < first_new_id < len(embedding.weight), f"no row to split at {first_new_id}"
     tied = is_tied(model)
@@ -55,7 +55,7 @@ def join_rows(model: nn.Module) -> None:
 
     One plain parameter again, tied as before; nothing changes but the parameters' identity.
     """
-    embedding, head = _vocabulary_modules(model)
+    embedding, head = vocabulary_modules(model)
     tied = is_tied(model)
     for module in (embedding,) if tied else (embedding, head):
         requires_grad = module.weight.requires_grad
@@ -74,7 +74,7 @@ def parameter_groups_by_role(model: nn.Module) -> dict[Role, list[tuple[str, Par
     Rows that were not split are all old: where nothing was grafted there are no new ones.
     """
     rows: dict[int, Role] = {}
-    for module in _vocabulary_modules(model):
+    for module in vocabulary_modules(model):
         if parametrize.is_parametrized(module, "weight"):
             parts = module.parametrizations.weight
             rows |= {id(parts.original0): "old_rows", id(parts.original1): "new_rows"}
@@ -87,12 +87,7 @@ def parameter_groups_by_role(model: nn.Module) -> dict[Role, list[tuple[str, Par
     return roles
 
 
-def _vocabulary_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    plain = plain_model(model)
-    return plain.get_input_embeddings(), plain.get_output_embeddings()
-
-
-def _forget_split(module: nn.Module) -> None:
+def _forget_split(module: Any) -> None:
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     module._parameters.pop("weight", None)
     module._buffers.pop("weight", None)

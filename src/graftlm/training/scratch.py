@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from graftlm.errors import UserError
 from graftlm.model.causal import new_causal, save_causal
 from graftlm.recipe import Scratch
+from graftlm.text.lines import documents, read_lines
 from graftlm.text.rows import RowsBuilder, TokenRows, text_rows
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokenizer
 from graftlm.training.stage import StageRun
@@ -25,7 +25,7 @@ def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.
 
     Returns `num_pieces` and the facts of its training. Raises UserError, NumericalStop, DiskError, Interrupted.
     """
-    texts = [read_plain(path) for path in scratch.text]
+    texts = ["\n".join(read_lines(path)) for path in scratch.text]
     train_base_tokenizer(texts, scratch.num_pieces, folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = new_causal(
@@ -49,24 +49,12 @@ def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.
     return {"num_pieces": tokenizer.num_pieces, **facts}
 
 
-def read_plain(path: str | Path) -> str:
-    """The text of a UTF-8 file. Raises UserError."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}).", f"Convert it: iconv -f GB18030 -t UTF-8 {path} > new.txt"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Name a plain text file.") from None
-
-
 def _rows_of(paths: Sequence[str], tokenizer: Tokenizer, row_tokens: int) -> TokenRows:
     """Rows of plain text files: a document is a block between blank lines, every token of it a target."""
     builder = RowsBuilder(tokenizer.num_pieces)
     for path in paths:
-        documents = [document for document in read_plain(path).split("\n\n") if document.strip()]
-        for number, rows in enumerate(text_rows(documents, tokenizer, row_tokens), start=1):
+        found = list(documents(Path(path)))
+        for document, rows in zip(found, text_rows((d.value for d in found), tokenizer, row_tokens), strict=True):
             for row in rows:
-                builder.add(row, f"{path}:{number}")
+                builder.add(row, document.where)
     return builder.rows()
