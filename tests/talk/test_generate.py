@@ -56,7 +56,7 @@ def test_batched_answers_equal_single_ones(chatbot) -> None:
     for sampling in (Sampling(max_new_tokens=24), Sampling(temperature=1.3, max_new_tokens=16, seed=4)):
         single = [chatbot.answer(conversation, sampling) for conversation in conversations]
         assert chatbot.answer_many(conversations, sampling) == single
-        assert len({answer.text for answer in single}) > 3
+        assert len({answer.text for answer in single}) > 1
 
 
 def test_answers_equal_transformers(chatbot, tokenizer) -> None:

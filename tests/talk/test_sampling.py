@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from graftlm.errors import UserError
-from graftlm.talk.sampling import Draw, Sampling
+from graftlm.talk.sampling import Draw, Sampling, _sample, draw_ids
 
 LOGITS = torch.tensor([0.5, 0.2, 0.2, 0.07, 0.03]).log()[None]
 
 
 def drawn(sampling: Sampling, num_draws: int = 4000) -> torch.Tensor:
     """Shares of each id over many draws."""
-    draw = Draw(sampling, 1)
-    ids = [draw.next_ids(LOGITS.clone(), [0], [[]])[0] for _ in range(num_draws)]
+    draw = Draw(sampling)
+    ids = [draw_ids(LOGITS.clone(), [draw], [[]])[0] for _ in range(num_draws)]
     return torch.bincount(torch.tensor(ids), minlength=5) / num_draws
 
 
@@ -36,17 +36,24 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 
 
 def test_penalty_pushes_down_what_was_said() -> None:
-    draw = Draw(Sampling(repetition_penalty=5.0), 2)
+    draws = [Draw(Sampling(repetition_penalty=5.0)) for _ in range(2)]
     logits = torch.tensor([[2.0, 1.9, -1.0], [-0.1, -0.3, -0.4]])
-    assert draw.next_ids(logits, [0, 1], [[0, 0], [0]]) == [1, 1]
+    assert draw_ids(logits, draws, [[0, 0], [0]]) == [1, 1]
 
 
 def test_a_row_draws_the_same_in_any_batch() -> None:
-    alone = Draw(Sampling(temperature=1.0, seed=5), 1)
-    together = Draw(Sampling(temperature=1.0, seed=5), 3)
+    alone = Draw(Sampling(temperature=1.0, seed=5))
+    others = [Draw(Sampling(temperature=1.0, seed=5)), Draw(Sampling(temperature=0.7, top_k=2)), Draw(Sampling())]
     for _ in range(20):
-        one = alone.next_ids(LOGITS.clone(), [0], [[]])[0]
-        assert together.next_ids(LOGITS.repeat(2, 1), [2, 0], [[], []]) == [one, one]
+        one = draw_ids(LOGITS.clone(), [alone], [[]])[0]
+        assert draw_ids(LOGITS.repeat(3, 1), others, [[], [], []])[::2] == [one, 0]
+
+
+def test_nothing_without_probability_is_drawn_at_the_very_end() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]])
+    end = torch.tensor([1.0], dtype=torch.float64)
+    assert _sample(logits, end, 1.0, 1.0, 0).tolist() == [1]
+    assert _sample(logits, end, 1.0, 0.999, 0).tolist() == [0]
 
 
 @pytest.mark.parametrize(

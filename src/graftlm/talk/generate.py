@@ -22,7 +22,7 @@ from graftlm.device import pick_device
 from graftlm.errors import UserError
 from graftlm.model.causal import check_ids, empty_causal, find_model, head_weight, load_causal
 from graftlm.run import DONE, RECIPE, say
-from graftlm.talk.sampling import GREEDY, Draw, Sampling
+from graftlm.talk.sampling import GREEDY, Draw, Sampling, draw_ids
 from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,7 +57,7 @@ def ask(*texts: str) -> Conversation:
     return Conversation(tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)))
 
 
-class _Characters:
+class Characters:
     """Tokens to text, whole characters only: bytes of an unfinished character wait for the next token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -65,6 +65,7 @@ class _Characters:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, token_id: int) -> str:
+        """The characters that this token completes."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
 
@@ -82,7 +83,7 @@ class Reply(Iterator[str]):
         self._pieces = self._say(chatbot, prompt, sampling)
 
     def _say(self, chatbot: Chatbot, prompt: Prompt, sampling: Sampling) -> Generator[str, None, None]:
-        characters = _Characters(chatbot.tokenizer)
+        characters = Characters(chatbot.tokenizer)
         for step in chatbot.decode([prompt.ids], sampling):
             for _, token_id in step:
                 if token_id in chatbot.stop_ids:
@@ -117,10 +118,9 @@ class Chatbot:
         self.device = head_weight(model).device
         self.context_tokens: int = model.config.max_position_embeddings
         self.stop_ids = frozenset({tokenizer.eos_id, *_answer_ends(tokenizer, template)})
-        ids_V = torch.arange(len(head_weight(model)))
-        is_control_V = torch.isin(ids_V, torch.tensor(sorted(tokenizer.special_ids - self.stop_ids)))
         # Rows beyond the tokenizer are padding that no training ever moved; they win a soft-max all the same.
-        self._is_forbidden_V = ((ids_V >= tokenizer.num_pieces) | is_control_V).to(self.device)
+        padding = range(tokenizer.num_pieces, len(head_weight(model)))
+        self.forbidden_ids = torch.tensor([*sorted(tokenizer.special_ids - self.stop_ids), *padding]).to(self.device)
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> Prompt:
         """Render for a reply; while it does not fit the context, the oldest turn goes, whole.
@@ -163,7 +163,7 @@ class Chatbot:
         answers: dict[int, Answer] = {}
         for places in _batches([len(prompt.ids) for prompt in prompts], sampling.max_new_tokens):
             texts = dict.fromkeys(places, "")
-            characters = {place: _Characters(self.tokenizer) for place in places}
+            characters = {place: Characters(self.tokenizer) for place in places}
             counts = dict.fromkeys(places, 0)
             endings: dict[int, Ending] = dict.fromkeys(places, "length")
             for step in self.decode([prompts[place].ids for place in places], sampling):
@@ -197,7 +197,7 @@ class Chatbot:
         longest = max(map(len, prompts))
         limits = [min(sampling.max_new_tokens, self.context_tokens - len(prompt)) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
-        draw = Draw(sampling, len(prompts))
+        draws = [Draw(sampling) for _ in prompts]
         cache = DynamicCache(config=self.model.config)
         held = list(range(len(prompts)))  # rows in the cache, in its order; some may have finished
         is_speaking = [limit > 0 for limit in limits]
@@ -207,7 +207,7 @@ class Chatbot:
         positions_BT = (is_real_BP.cumsum(-1) - 1).clamp(min=0)
         while any(is_speaking):
             logits_BV = self._logits(ids_BT, is_real_BP, positions_BT, cache)
-            next_ids = draw.next_ids(logits_BV, held, [answers[row] for row in held])
+            next_ids = draw_ids(logits_BV, [draws[row] for row in held], [answers[row] for row in held])
             step = [(row, token_id) for row, token_id in zip(held, next_ids, strict=True) if is_speaking[row]]
             for row, token_id in step:
                 answers[row].append(token_id)
@@ -232,7 +232,7 @@ class Chatbot:
             input_ids=ids_BT, attention_mask=is_real_BP.long(), position_ids=positions_BT, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        return output.logits[:, -1].masked_fill(self._is_forbidden_V, -torch.inf)
+        return output.logits[:, -1].index_fill(1, self.forbidden_ids, -torch.inf)
 
 
 def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str | None = None) -> Chatbot:

@@ -1,7 +1,8 @@
 """How the next token is chosen from a model's logits.
 
 Owns the sampling knobs and the draw itself, row by row: every row has its own random numbers, so an answer does
-not depend on which others share its batch. Does not know models, text or caches; `generate` calls it each step.
+not depend on which others share its batch. Does not know models, text or caches; `generate` and the server's engine
+call it each step.
 
 Shapes: B rows, V rows of the output head, G tokens of an answer so far.
 """
@@ -9,6 +10,7 @@ Shapes: B rows, V rows of the output head, G tokens of an answer so far.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,44 +50,73 @@ GREEDY = Sampling()
 
 
 class Draw:
-    """The random state of a batch: one generator a row, all begun from the same seed."""
+    """How one answer is drawn, with random numbers of its own: they begin from the sampling's seed."""
 
-    def __init__(self, sampling: Sampling, num_rows: int) -> None:
+    __slots__ = ("_generator", "sampling")
+
+    def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(num_rows)]
+        self._generator = torch.Generator().manual_seed(sampling.seed)
 
-    def next_ids(self, logits_BV: torch.Tensor, rows: list[int], answers: list[list[int]]) -> list[int]:
-        """One id for each of the B batch rows `rows`; `answers` holds the tokens each has said so far."""
-        logits_BV = logits_BV.float()
-        if self.sampling.repetition_penalty != 1.0:
-            _penalise(logits_BV, answers, self.sampling.repetition_penalty)
-        if self.sampling.temperature == 0:
-            return logits_BV.argmax(-1).tolist()
-        points_B = torch.cat([torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows])
-        return _sample(logits_BV, points_B.to(logits_BV.device), self.sampling).tolist()
+    def point(self) -> torch.Tensor:
+        """The next random number, in 0..1 (shape (1,), double)."""
+        return torch.rand(1, generator=self._generator, dtype=torch.float64)
 
 
-def _penalise(logits_BV: torch.Tensor, answers: list[list[int]], penalty: float) -> None:
+def draw_ids(logits_BV: torch.Tensor, draws: Sequence[Draw], answers: Sequence[Sequence[int]]) -> list[int]:
+    """One id for each of B rows, each drawn its own way; `answers` holds the tokens each has said so far."""
+    logits_BV = logits_BV.float()
+    groups: dict[tuple[float, float, int], list[int]] = {}
+    for row, draw in enumerate(draws):
+        sampling = draw.sampling
+        if sampling.repetition_penalty != 1.0:
+            _penalise(logits_BV[row], answers[row], sampling.repetition_penalty)
+        how = (sampling.temperature, sampling.top_p, sampling.top_k) if sampling.temperature else (0.0, 1.0, 0)
+        groups.setdefault(how, []).append(row)
+    ids = [0] * len(draws)
+    for (temperature, top_p, top_k), rows in groups.items():
+        own_BV = logits_BV if len(rows) == len(draws) else logits_BV[rows]
+        if temperature == 0:
+            drawn = own_BV.argmax(-1)
+        else:
+            points_B = torch.cat([draws[row].point() for row in rows]).to(own_BV.device)
+            drawn = _sample(own_BV, points_B, temperature, top_p, top_k)
+        for row, token_id in zip(rows, drawn.tolist(), strict=True):
+            ids[row] = token_id
+    return ids
+
+
+def _penalise(logits_V: torch.Tensor, said: Sequence[int], penalty: float) -> None:
     """Push down, in place, what was already said. Source: CTRL, arXiv 1909.05858, section 4.1."""
-    for logits_V, said in zip(logits_BV, answers, strict=True):
-        ids_G = torch.tensor(sorted(set(said)), dtype=torch.long, device=logits_V.device)
-        scores_G = logits_V[ids_G]
-        logits_V[ids_G] = torch.where(scores_G > 0, scores_G / penalty, scores_G * penalty)
+    ids_G = torch.tensor(sorted(set(said)), dtype=torch.long, device=logits_V.device)
+    scores_G = logits_V[ids_G]
+    logits_V[ids_G] = torch.where(scores_G > 0, scores_G / penalty, scores_G * penalty)
 
 
-def _sample(logits_BV: torch.Tensor, points_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _sample(
+    logits_BV: torch.Tensor, points_B: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> torch.Tensor:
     """Ids (B,) at the points (0..1) of each row's cumulative probability, after top-k and nucleus cuts.
 
     Source: nucleus sampling, arXiv 1904.09751. The likeliest token always survives the cuts.
     """
-    kept = min(sampling.top_k or logits_BV.shape[1], logits_BV.shape[1])
-    sorted_BK, ids_BK = logits_BV.topk(kept)
-    # double: at 100,000 rows of the head a float32 running sum loses the tail
-    probabilities_BK = (sorted_BK.double() / sampling.temperature).softmax(-1)
-    before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
-    probabilities_BK = probabilities_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+    kept = min(top_k or logits_BV.shape[1], logits_BV.shape[1])
+    if kept == logits_BV.shape[1] and top_p == 1.0:
+        # Nothing is cut, so nothing needs sorting, which would take most of the time of a step.
+        ids_BK = None
+        probabilities_BK = (logits_BV.double() / temperature).softmax(-1)
+    else:
+        sorted_BK, ids_BK = logits_BV.topk(kept)
+        # double: at 100,000 rows of the head a float32 running sum loses the tail
+        probabilities_BK = (sorted_BK.double() / temperature).softmax(-1)
+        before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
+        probabilities_BK = probabilities_BK.masked_fill(before_BK >= top_p, 0.0)
     cumulative_BK = probabilities_BK.cumsum(-1)
     targets_B1 = (points_B * cumulative_BK[:, -1])[:, None]
     places_B1 = torch.searchsorted(cumulative_BK, targets_B1, right=True)
+    if ids_BK is None:
+        # A point at the very end must not land on a row of no probability (padding, control tokens).
+        last_B1 = logits_BV.shape[1] - 1 - (probabilities_BK.flip(-1) > 0).int().argmax(-1, keepdim=True)
+        return places_B1.minimum(last_B1)[:, 0]
     last_B1 = (probabilities_BK > 0).sum(-1, keepdim=True) - 1
     return ids_BK.gather(1, places_B1.minimum(last_B1))[:, 0]
