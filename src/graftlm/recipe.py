@@ -132,7 +132,9 @@ class LossScale(Section):
 
 
 # Knobs of a stage that change how it is computed, not what: they may be changed in the middle of one.
-HOW_NOT_WHAT = frozenset({"micro_batch_tokens", "gradient_checkpointing", "checkpoint_every"})
+HOW_NOT_WHAT = frozenset(
+    {"micro_batch_tokens", "gradient_checkpointing", "checkpoint_every", "recovery", "max_rollbacks"}
+)
 # Steps of every run, whose folders are found by these names.
 STEP_NAMES = frozenset({"scratch", "tokenizer", "base", "data", "model", "heldout", "report"})
 
@@ -162,6 +164,8 @@ class Stage(Section):
     early_stop_after: Count | None = None
     keep: Literal["best", "last"] = "best"
     checkpoint_every: Count | None = None
+    recovery: Literal["automatic", "advise", "off"] = "automatic"
+    max_rollbacks: Count = 4
     seed: StrictInt = 0
 
     @model_validator(mode="after")

@@ -160,11 +160,16 @@ class Metrics:
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def cut_after(self, step: int) -> None:
-        """Drop lines of steps beyond `step` and a half-written last line: a resumed run writes them again."""
+    def cut_after(self, step: int, num_interventions: int = 0) -> None:
+        """Drop lines of steps beyond `step`, interventions beyond the first `num_interventions` and a half-written last
+        line: a resumed run writes them again."""
         if not self.path.exists():
             return
-        kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step]
+        kept = [
+            line
+            for line in read_metrics(self.path)
+            if line.get("step", 0) <= step and line.get("number", 0) <= num_interventions
+        ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         temporary = self.path.with_suffix(".tmp")
         with disk_errors(self.path.parent):

@@ -11,7 +11,7 @@ from graftlm.training.show import steps_shown
 
 RECORD = StepRecord(
     step=1, num_updates=1, loss=4.0, lr=1e-3, grad_norm=1.0, grad_norms={}, loss_scale=1.0, skipped=False,
-    num_rows=4, num_tokens=600, num_targets=50, seconds=0.1,
+    num_rows=4, num_tokens=600, num_targets=50, seconds=0.1, row_ids=[0, 1, 2, 3],
 )  # fmt: skip
 
 

@@ -36,6 +36,11 @@ def diagnose_curves(log: RunLog) -> tuple[list[Finding], Verdict]:
     return findings, _verdict(log, findings)
 
 
+def is_far_above(loss: float, best: float, first: float, share_of_alarm: float = 1.0) -> bool:
+    """Whether a smoothed loss rose so far above its best that it is an alarm; learning began at `first` (nats)."""
+    return loss - best > share_of_alarm * max(RISE_NATS, RISE_SHARE * max(first - best, 0.0))
+
+
 def smoothed(log: RunLog) -> list[tuple[int, float]]:
     """(step, loss): the median of each reading and the nine before it."""
     losses = list(finite_losses(log.records))
@@ -127,13 +132,12 @@ def _rise(log: RunLog) -> list[Finding]:
     for step, loss in curve:
         if loss < best:
             best_step, best = step, loss
-        learned = max(first - best, 0.0)
-        if loss - best > max(RISE_NATS, RISE_SHARE * learned) and (worst is None or loss - best > worst[0]):
+        if is_far_above(loss, best, first) and (worst is None or loss - best > worst[0]):
             worst = (loss - best, step, best, best_step)
     if worst is None:
         return []
     rise, step, was, since = worst
-    came_back = curve[-1][1] - best <= max(RISE_NATS, RISE_SHARE * max(first - best, 0.0))
+    came_back = not is_far_above(curve[-1][1], best, first)
     return [
         Finding(
             "loss-rose", "warning" if came_back else "fatal", "training loss", step,

@@ -23,7 +23,7 @@ from graftlm.errors import DiskError, UserError
 from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
 
-MANIFEST = "manifest.json"
+MANIFEST, VALUES = "manifest.json", "values.json"
 KEPT = 2
 
 
@@ -65,7 +65,7 @@ def _write(temporary: Path, checkpoint: Checkpoint) -> None:
     for name, group in checkpoint.tensors.items():
         with system_errors():
             save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
-    (temporary / "values.json").write_text(json.dumps(checkpoint.values), encoding="utf-8")
+    (temporary / VALUES).write_text(json.dumps(checkpoint.values), encoding="utf-8")
     manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
@@ -86,7 +86,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"Delete {folder}; the checkpoint before it is used then.",
             )
     tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
-    return Checkpoint(tensors, read_json(folder / "values.json"))
+    return Checkpoint(tensors, read_json(folder / VALUES))
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -94,10 +94,20 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def whole_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. Incomplete ones (no manifest) are passed over."""
+    return [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
+
+
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Incomplete ones (no manifest) are passed over."""
-    complete = [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
-    return complete[-1] if complete else None
+    """The newest complete checkpoint, or None."""
+    return next(reversed(whole_checkpoints(checkpoints)), None)
+
+
+def newest_good_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint whose `is_good` value is true: a state to roll back to. None without one."""
+    good = [folder for folder in whole_checkpoints(checkpoints) if read_json(folder / VALUES).get("is_good")]
+    return good[-1] if good else None
 
 
 def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoint | None:
@@ -131,9 +141,11 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
 
 
 def prune_checkpoints(checkpoints: Path, num_kept: int = KEPT) -> None:
-    """Keep the newest `num_kept` complete checkpoints."""
-    complete = [folder for folder in sorted(checkpoints.glob("step-*")) if (folder / MANIFEST).exists()]
-    for folder in complete[:-num_kept]:
+    """Keep the newest `num_kept` complete checkpoints, and the newest good one (see `newest_good_checkpoint`)."""
+    good = newest_good_checkpoint(checkpoints)
+    for folder in whole_checkpoints(checkpoints)[:-num_kept]:
+        if folder == good:
+            continue
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -41,6 +41,7 @@ class StepRecord:
     num_tokens: int
     num_targets: int
     seconds: float
+    row_ids: list[int]
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -107,6 +108,7 @@ def train(
             num_tokens=sum(batch.num_tokens for batch in micro_batches),
             num_targets=num_targets,
             seconds=time.perf_counter() - started,
+            row_ids=[row_id for batch in micro_batches for row_id in batch.row_ids],
         )
         for observe in on_step:
             observe(record)

@@ -15,10 +15,6 @@ from typing import Any
 import torch
 
 from graftlm.device import (
-    DTYPES,
-    LossScaler,
-    Precision,
-    fastest_precision,
     forget_peak_memory,
     peak_memory_bytes,
     random_states,
@@ -26,23 +22,32 @@ from graftlm.device import (
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
+from graftlm.health.incident import Incident
+from graftlm.health.preflight import preflight
 from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, read_metrics, say
+from graftlm.run import Metrics, read_metrics, say, write_json
 from graftlm.text.rows import TokenRows
+from graftlm.training.ablation import blame_for_rise
 from graftlm.training.batches import Steps
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_newest_checkpoint,
+    newest_good_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
 )
+from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
+from graftlm.training.precision import make_precision
+from graftlm.training.recorder import Recorder
+from graftlm.training.recovery import Recovery, Trouble
+from graftlm.training.replay import SkippedStep, replay
 from graftlm.training.show import steps_shown
 from graftlm.training.trainable import (
     copy_weights,
@@ -52,7 +57,7 @@ from graftlm.training.trainable import (
     trainable_parameters,
 )
 
-TRAINED = "trained"
+TRAINED, PREFLIGHT = "trained", "preflight.json"
 STATE_GROUPS = ("weights", "optimizer", "random")
 CHECKPOINTS_BY_DEFAULT = 10
 
@@ -71,24 +76,6 @@ def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | Non
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
     copy_weights(model, load_checkpoint(folder / TRAINED).tensors["weights"])
     return model
-
-
-def make_precision(stage: Stage, device: torch.device, begun_in: str | None = None) -> Precision:
-    """The stage's dtype policy; `begun_in` is the precision of the checkpoint it continues, if any.
-
-    Raises UserError for bf16 on a GPU without it.
-    """
-    name = begun_in or (fastest_precision(device) if stage.precision == "auto" else stage.precision)
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError(
-            f"Stage {stage.name} asks for bf16, which {torch.cuda.get_device_name(device)} does not compute.",
-            "Set precision: fp16 (weights stay fp32, the loss is scaled) or fp32.",
-        )
-    rule = stage.loss_scale
-    scaler = None
-    if name == "fp16":
-        scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
-    return Precision(DTYPES[name], device, scaler)
 
 
 class StageRun:
@@ -126,6 +113,8 @@ class StageRun:
         )
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
+        self.recorder = Recorder(self.roles)
+        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.step = self.num_updates = 0
         self.is_stopping = False
@@ -139,6 +128,8 @@ class StageRun:
             "scaler": self.precision.scaler.state() if self.precision.scaler else None,
             "skips_in_a_row": self.precision.skips_in_a_row,
             "precision": self.precision.name,
+            "recovery": self.recovery.state(),
+            "is_good": self.recovery.is_calm,
         }
         tensors = {
             "weights": self._weights(),
@@ -153,6 +144,13 @@ class StageRun:
         if saved is None:
             self.metrics.cut_after(-1)
             return False
+        self._go_back_to(saved)
+        self.recovery.restore(saved.values["recovery"])
+        self.metrics.cut_after(self.step, self.recovery.num_rollbacks)
+        say(f"{self.stage.name}: continuing after step {self.step} of {self.steps.num_steps}")
+        return True
+
+    def _go_back_to(self, saved: Checkpoint) -> None:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
         self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
         copy_weights(self.model, saved.tensors["weights"])
@@ -164,18 +162,20 @@ class StageRun:
         self.precision.skips_in_a_row = values["skips_in_a_row"]
         if self.precision.scaler and values["scaler"]:
             self.precision.scaler.restore(values["scaler"])
-        self.metrics.cut_after(self.step)
-        say(f"{self.stage.name}: continuing after step {self.step} of {self.steps.num_steps}")
-        return True
+        self.recorder.read()  # what moved here was no step
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
         forget_peak_memory(self.precision.device)
         if not self.resume():
+            self._look_before_the_first_step()
             self._read_heldout(0)
+            if self.stage.recovery == "automatic":
+                self._save()  # the first state to go back to
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._train()
+            while self.step < self.steps.num_steps:
+                self._train_or_roll_back()
         except _EarlyStop:
             say(f"{self.stage.name}: held-out loss stopped improving; stopped after step {self.step}")
             self.metrics.append("note", step=self.step, text="stopped early: held-out loss no longer improves")
@@ -198,21 +198,53 @@ class StageRun:
         if self.is_stopping:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
+    def _look_before_the_first_step(self) -> None:
+        """Pre-flight. Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
+        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
+        findings = preflight(look)
+        write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
+        for finding in findings:
+            if finding.severity == "fatal" and self.stage.recovery != "off":
+                raise NumericalStop(f"{self.stage.name}, before the first step: {finding.evidence}", finding.cure)
+            if finding.severity != "note":
+                say(f"{self.stage.name}, before the first step: {finding.evidence} {finding.cure}")
+
+    def _train_or_roll_back(self) -> None:
+        try:
+            self._train()
+        except (Trouble, NumericalStop) as trouble:
+            if isinstance(trouble, NumericalStop):
+                self.recovery.see_stop(trouble, self.step + 1, self.precision.loss_scale)
+            self._go_back_to(self.recovery.roll_back(str(trouble), self.step, self.checkpoints))
+            self._save()  # so that a run killed from here on goes on with the rate cut
+
+    def _take_again(self, skipped: SkippedStep) -> Incident:
+        return replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+
+    def _blame(self, step: int, best: float) -> tuple[str, ...]:
+        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
+
+    def _last_good(self) -> dict[str, torch.Tensor] | None:
+        folder = newest_good_checkpoint(self.checkpoints)
+        return load_checkpoint(folder).tensors["weights"] if folder else None
+
     def _train(self) -> None:
         num_steps = self.steps.num_steps
+        shape = learning_rate_shape(self.stage, num_steps)
         with steps_shown(self.stage.name, num_steps, self.step) as show:
             train(
                 self.model,
                 self.steps,
                 first_step=self.step,
                 num_updates=self.num_updates,
-                lr_at=learning_rate_shape(self.stage, num_steps),
+                lr_at=lambda updates: self.recovery.rate_factor * shape(updates),
                 optimizer=self.optimizer,
                 groups=self.roles,
                 precision=self.precision,
                 max_grad_norm=self.stage.max_grad_norm,
                 on_step=[
-                    self._count, self._record, show, self._watch_heldout, self._save_regularly, self._stop_if_asked
+                    self._count, self._record, show, self.recovery.see, self._watch_heldout, self._save_regularly,
+                    self._stop_if_asked,
                 ],
             )  # fmt: skip
 
@@ -235,6 +267,7 @@ class StageRun:
         return {
             "num_steps": self.step,
             "num_updates": self.num_updates,
+            "num_rollbacks": self.recovery.num_rollbacks,
             "kept_step": load_checkpoint(self.folder / TRAINED).values["step"],
             "num_tokens": num_tokens,
             "training_seconds": round(seconds, 3),
@@ -252,7 +285,7 @@ class StageRun:
         self.step, self.num_updates = record.step, record.num_updates
 
     def _record(self, record: StepRecord) -> None:
-        self.metrics.append("step", **asdict(record))
+        self.metrics.append("step", **asdict(record), **self.recorder.read())
 
     def _watch_heldout(self, record: StepRecord) -> None:
         if self.watch.is_due(record.step):

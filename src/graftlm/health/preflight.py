@@ -1,0 +1,235 @@
+"""Pre-flight: what one look at a model and its first rows says before the first step is taken.
+
+Owns the rules on headroom, scale, row sizes, first loss, dtypes and on what does not learn. Gets numbers, not models;
+`training/look.py` takes them. A finding here costs a second; the same fault found by the training run costs hours.
+
+Sources of thresholds: IEEE 754 for fp16's range; the others lie between the planted faults and the healthy runs of
+`tests/health/test_catalogue.py`, which prints both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from graftlm.health.finding import Finding
+from graftlm.health.probe import BadTensor
+
+LOW_HEADROOM_BITS = 2.0  # of the forward pass; activations of healthy runs grow by less than that
+ROW_RATIO = 16.0  # rms of new rows against old ones; mean rows, the smallest sensible start, lie at 1/9
+LOSS_ABOVE_UNIFORM = 3.0  # nats above ln V
+ADAPTER_PUSH = 32.0  # times the push of alpha = rank at 2e-4
+
+
+@dataclass(frozen=True, slots=True)
+class RoleNumbers:
+    """The trained parameters of one role after one backward pass in fp32 at scale 1.
+
+    `weight_rms` over all entries; `largest_gradient` of any entry; `silent` names those whose gradient is zero
+    throughout; `shared` those whose memory another trained parameter has too.
+    """
+
+    num_tensors: int
+    dtypes: tuple[str, ...]
+    weight_rms: float
+    largest_gradient: float
+    silent: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """All that was seen: of the stage's first rows (`num_*`), of the pass, and of the stage's settings.
+
+    `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives (old, new) rows by matrix,
+    whether they learn or not; `bad_weight` is the first parameter that is not finite, with its row; `bad_row_id` a row
+    of data with an id outside the vocabulary, -1 for none; `ends_right` whether any answer's last target is the end
+    token; `lora_factor` what the adapter is multiplied by, None without one. Where an id lies outside there was no
+    pass, and what it would have shown is empty.
+    """
+
+    precision: str
+    eps: float
+    peak_lr: float
+    lora_factor: float | None
+    num_vocab_rows: int
+    roles: Mapping[str, RoleNumbers]
+    frozen: tuple[str, ...]
+    row_rms: Mapping[str, tuple[float, float]]
+    bad_weight: str
+    headroom_bits: float
+    headroom_where: str
+    ceiling_bits: Mapping[str, float]
+    first_loss: Mapping[str, float]
+    first_bad: BadTensor | None
+    num_targets: int
+    num_tokens: int
+    bad_row_id: int
+    is_dialogue: bool
+    ends_right: bool
+
+    @property
+    def uniform_loss(self) -> float:
+        """What knowing nothing costs, in nats: ln V."""
+        return math.log(self.num_vocab_rows)
+
+
+def preflight(look: Look) -> list[Finding]:
+    """The findings, gravest first. Empty is green."""
+    findings = [
+        *_rows_of_data(look), *_dtypes(look), *_learns(look), *_not_finite(look), *_headroom(look), *_row_sizes(look),
+        *_first_loss(look), *_adapter(look),
+    ]  # fmt: skip
+    return sorted(findings, key=lambda finding: ("fatal", "warning", "note").index(finding.severity))
+
+
+def _rows_of_data(look: Look) -> list[Finding]:
+    show = "Look at the rows with graftlm data FILE --show 5"
+    if look.bad_row_id >= 0:
+        return [
+            Finding("label-outside-vocabulary", "fatal", f"row {look.bad_row_id}", None,
+                    f"Row {look.bad_row_id} holds an id that the model's {look.num_vocab_rows:,} rows do not reach.",
+                    "Tokenizer and model must belong together: grow the model with graftlm expand.")
+        ]  # fmt: skip
+    if not look.num_targets:
+        return [
+            Finding("no-labels", "fatal", "data", None, "The first step's rows hold no answer to learn from.",
+                    f"{show}: empty answers, or a template without them.")
+        ]  # fmt: skip
+    if not look.is_dialogue:
+        return []
+    if look.num_targets >= 0.98 * look.num_tokens:
+        return [
+            Finding("prompt-is-scored", "warning", "data.template", None,
+                    f"{look.num_targets} of the first step's {look.num_tokens} tokens are labels: prompts too.",
+                    f"{show}: only answers and their ends should be marked.")
+        ]  # fmt: skip
+    if not look.ends_right:
+        return [
+            Finding("answers-without-end", "warning", "data.template", None,
+                    "None of the first step's answers ends with the end token: the model would never stop talking.",
+                    f"{show}; template and tokenizer must agree on the end token.")
+        ]  # fmt: skip
+    return []
+
+
+def _dtypes(look: Look) -> list[Finding]:
+    findings = []
+    for role, numbers in look.roles.items():
+        narrow = [dtype for dtype in numbers.dtypes if dtype in ("float16", "bfloat16")]
+        if narrow:
+            findings.append(
+                Finding("no-fp32-master", "fatal", role, None,
+                        f"Weights of {role} are trained in {narrow[0]} itself: updates of a rate of {look.peak_lr:g} "
+                        "are rounded away or blow up.",
+                        "Train fp32 masters: load the weights in fp32 and let precision choose the products' dtype.")
+            )  # fmt: skip
+        zero = [name for name in numbers.dtypes if torch.tensor(look.eps, dtype=getattr(torch, name)).item() == 0.0]
+        if zero:
+            findings.append(
+                Finding("eps-underflow", "fatal", f"{role}, eps", None,
+                        f"Adam's eps {look.eps:g} is 0 in {zero[0]}: a parameter without gradient becomes 0/0 = NaN.",
+                        "Raise eps (1e-8 in fp32, 1e-6 or more in 16 bits), or train fp32 masters.")
+            )  # fmt: skip
+    return findings
+
+
+def _learns(look: Look) -> list[Finding]:
+    findings = [
+        Finding("frozen", "fatal", name, None, f"The recipe trains {name}, and it is frozen.",
+                "Something froze it after the stage was prepared: requires_grad must stay as the stage set it.")
+        for name in look.frozen[:1]
+    ]  # fmt: skip
+    for role, numbers in look.roles.items():
+        if numbers.shared:
+            findings.append(
+                Finding("counted-twice", "fatal", numbers.shared[0], None,
+                        f"{numbers.shared[0]} shares its memory with another trained parameter: each step moves it "
+                        "twice.",
+                        "Tie the two (one parameter), or give each memory of its own.")
+            )  # fmt: skip
+        # An adapter's A gets no gradient while B is zero: that is how it starts.
+        silent = [name for name in numbers.silent if ".lora_A" not in name]
+        if silent:
+            findings.append(
+                Finding("no-gradient", "warning", silent[0], None,
+                        f"{len(silent)} of {numbers.num_tensors} trained tensors of {role} get no gradient at all, "
+                        f"first {silent[0]}.",
+                        "They are cut off from the loss, or no row of the first step reaches them.")
+            )  # fmt: skip
+    return findings
+
+
+def _not_finite(look: Look) -> list[Finding]:
+    if look.bad_weight:
+        return [
+            Finding("weights-not-finite", "fatal", look.bad_weight, None,
+                    f"{look.bad_weight} holds numbers that are not finite, before any step was taken.",
+                    "Take another copy of the base; for new rows another grow.embedding or grow.head.")
+        ]  # fmt: skip
+    bad = look.first_bad
+    if bad is None:
+        return []
+    return [
+        Finding("not-finite-at-start", "fatal", bad.module, None,
+                f"The {bad.phase} pass in fp32 is not finite before any step was taken, first in {bad.module} "
+                f"({bad.num_bad} numbers).",
+                "The weights are finite and too large: take another copy of the base, or another grow.embedding.")
+    ]  # fmt: skip
+
+
+def _headroom(look: Look) -> list[Finding]:
+    bits = look.headroom_bits
+    if bits >= LOW_HEADROOM_BITS or not math.isfinite(bits):
+        return []
+    severity = "note" if look.precision != "fp16" else "fatal" if bits <= 0 else "warning"
+    return [
+        Finding("no-forward-headroom", severity, look.headroom_where, None,
+                f"The largest activation lies {abs(bits):.1f} bits {'above' if bits < 0 else 'below'} fp16's largest "
+                "number, 65,504; no loss scale changes that.",
+                "Set precision: bf16 where the hardware has it, else fp32.")
+    ]  # fmt: skip
+
+
+def _row_sizes(look: Look) -> list[Finding]:
+    findings = []
+    for matrix, (old, new) in look.row_rms.items():
+        if not old or not math.isfinite(new) or old / ROW_RATIO <= new <= old * ROW_RATIO:
+            continue
+        kind, less = ("tiny", "small") if new < old else ("huge", "large")
+        findings.append(
+            Finding(f"{kind}-new-rows", "warning", f"new rows of the {matrix}", None,
+                    f"New rows of the {matrix} have rms {new:.2g}, old ones {old:.2g}: so {less} a row distorts the "
+                    "gradients behind it.",
+                    f"Set grow.{matrix} to subpiece-mean or subpiece-mean-norm.")
+        )  # fmt: skip
+    return findings
+
+
+def _first_loss(look: Look) -> list[Finding]:
+    kind, loss = max(look.first_loss.items(), key=lambda item: item[1], default=("", 0.0))
+    if not math.isfinite(loss) or loss <= look.uniform_loss + LOSS_ABOVE_UNIFORM:
+        return []
+    return [
+        Finding("first-loss-high", "warning", f"{kind} pieces", None,
+                f"The first loss on {kind} pieces is {loss:.2f} nats; knowing nothing costs ln V = "
+                f"{look.uniform_loss:.2f}.",
+                "Something is confidently wrong: the template, the tokenizer, or how new rows start (grow.embedding).")
+    ]  # fmt: skip
+
+
+def _adapter(look: Look) -> list[Finding]:
+    if look.lora_factor is None:
+        return []
+    push = look.lora_factor * look.peak_lr / 2e-4
+    if push <= ADAPTER_PUSH:
+        return []
+    return [
+        Finding("adapter-push-high", "warning", "trains.alpha, trains.rank, peak_lr", None,
+                f"The adapter is multiplied by {look.lora_factor:.3g} and learns at {look.peak_lr:g}: {push:.3g} times "
+                "the push of alpha = rank at 2e-4.",
+                "Lower peak_lr or alpha/rank.")
+    ]  # fmt: skip

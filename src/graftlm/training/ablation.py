@@ -1,0 +1,96 @@
+"""Who is to blame: one role of the weights after another put back for a moment.
+
+Owns the ways a role can be taken out of a step (its last good weights, or a neutral start) and the blame for a loss
+that rose. Leaves every weight as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from graftlm.device import Precision
+from graftlm.model.rows import Role, parameter_groups_by_role
+from graftlm.training.batches import Steps
+from graftlm.training.loop import response_loss_sum
+
+CLEAR_SHARE = 0.5  # of the rise that putting a role back must undo to be blamed for it
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """Parameters of one role by name, and other weights for them."""
+
+    parameters: Mapping[str, Parameter]
+    weights: Mapping[str, Tensor]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the parameters hold those weights for a while."""
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._copy(self.weights)
+            yield
+        finally:
+            self._copy(before)
+
+    @torch.no_grad()
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+
+def roles_put_back(model: Any, last_good: Mapping[str, Tensor] | None) -> Iterator[tuple[Role, list[PutBack]]]:
+    """For each role that learns, the ways to take it out of a step.
+
+    `last_good` are trained weights by name. The neutral start of an adapter is zero, that of new rows the mean old row.
+    """
+    roles = parameter_groups_by_role(model)
+    for role, named in roles.items():
+        learning = {name: p for name, p in named if p.requires_grad}
+        if not learning:
+            continue
+        ways = []
+        if last_good is not None and learning.keys() <= last_good.keys():
+            ways.append(PutBack(learning, {name: last_good[name] for name in learning}))
+        if role == "adapter":
+            ways.append(PutBack(learning, {name: torch.zeros_like(p) for name, p in learning.items()}))
+        elif role == "new_rows":
+            # Embedding and head have rows of one length; old and new parts of each come in the same order.
+            means = [p.detach().mean(0) for _, p in roles["old_rows"]]
+            ways.append(
+                PutBack(learning, {n: m.expand_as(p) for (n, p), m in zip(learning.items(), means, strict=True)})
+            )
+        yield role, ways
+
+
+@torch.no_grad()
+def blame_for_rise(
+    model: Any, steps: Steps, step: int, precision: Precision, last_good: Mapping[str, Tensor] | None, best: float
+) -> tuple[str, ...]:
+    """Roles each of which, put back alone, undoes at least half of a step's rise (nats per target) above `best`."""
+    batches = steps.micro_batches(step, precision.device)
+    num_targets = max(sum(len(batch.targets_N) for batch in batches), 1)
+
+    def loss() -> float:
+        return sum(response_loss_sum(model, batch, precision).item() for batch in batches) / num_targets
+
+    was_training = model.training
+    model.eval()
+    now = loss()
+    found = []
+    for role, ways in roles_put_back(model, last_good):
+        for way in ways:
+            with way.held():
+                undone = now - loss()
+            if undone >= CLEAR_SHARE * max(now - best, 0.0):
+                found.append(role)
+                break
+    model.train(was_training)
+    return tuple(found)

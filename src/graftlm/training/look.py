@@ -1,0 +1,203 @@
+"""The look before the first step: one forward and backward pass in float32 over a stage's first rows.
+
+Owns how the numbers of a pre-flight are taken from a model, its optimizer and its rows. Does not judge them:
+`health/preflight.py` does. Leaves model, gradients and random numbers as it found them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from graftlm.device import Precision, random_states, restore_random_states
+from graftlm.health.preflight import Look, RoleNumbers
+from graftlm.health.probe import Probe, bits_below, plain_name, watching
+from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
+from graftlm.model.loss import linear_cross_entropy_sum, target_losses
+from graftlm.model.rows import Role, parameter_groups_by_role
+from graftlm.recipe import Full, Lora, NewRows, Stage
+from graftlm.text.rows import TokenRows
+from graftlm.training.batches import Batch, Steps, row_batches
+from graftlm.training.loop import hidden_states
+
+NUM_ROWS = 8
+BUDGET_TOKENS = 2048
+
+
+def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None) -> Look:
+    """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained."""
+    roles = parameter_groups_by_role(model)
+    num_vocab_rows = len(head_weight(model))
+    bad_row_id = _row_outside(steps.rows, num_vocab_rows)
+    bad_weight = _bad_weight(model, first_new_id)
+    probe, first_loss, ids = Probe(), {}, []
+    num_targets = num_tokens = 0
+    batch = _first_batch(steps, precision.device)
+    if bad_row_id < 0:
+        ids, num_targets, num_tokens = batch.ids_1T.unique().tolist(), len(batch.targets_N), batch.num_tokens
+    if bad_row_id < 0 and not bad_weight:
+        states = random_states()
+        probe, first_loss = _pass(model, batch, first_new_id)
+        restore_random_states(states)
+    numbers = {role: _numbers(named, _unseen(role, ids, model, first_new_id)) for role, named in roles.items()}
+    where, largest = probe.largest(probe.products)
+    look = Look(
+        precision=precision.name,
+        eps=stage.eps,
+        peak_lr=_adapter_rate(stage),
+        lora_factor=_lora_factor(stage.trains),
+        num_vocab_rows=num_vocab_rows,
+        roles={role: found for role, found in numbers.items() if found.num_tensors},
+        frozen=tuple(_frozen(roles, stage.trains)),
+        row_rms=_row_rms(model, first_new_id),
+        bad_weight=bad_weight,
+        headroom_bits=bits_below(largest),
+        headroom_where=where,
+        ceiling_bits=_ceilings(numbers, probe),
+        first_loss=first_loss,
+        first_bad=probe.first_bad,
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        bad_row_id=bad_row_id,
+        is_dialogue=stage.objective == "dialogue",
+        ends_right=_ends_right(batch, plain_model(model).config.eos_token_id),
+    )
+    model.zero_grad(set_to_none=True)
+    return look
+
+
+def _first_batch(steps: Steps, device: torch.device) -> Batch:
+    """The first rows of step 0 that fit a small pass, packed as training packs them."""
+    row_ids = steps.row_ids(0)[:NUM_ROWS]
+    while len(row_ids) > 1 and int(steps.rows.lengths[row_ids].sum()) > BUDGET_TOKENS:
+        row_ids = row_ids[:-1]
+    budget = max(BUDGET_TOKENS, int(steps.rows.lengths[row_ids].sum()))
+    return row_batches(steps.rows, row_ids, budget, device, steps.shares_prefix)[0]
+
+
+def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, dict[str, float]]:
+    """One pass at scale 1 without 16-bit products; the losses (nats) of old and of new target pieces."""
+    was_training = model.training
+    model.train()
+    with watching(model) as probe:
+        hidden_NH = hidden_states(model, batch)
+        head, wide = head_weight(model), torch.promote_types(head_weight(model).dtype, torch.float32)
+        losses_N = target_losses(hidden_NH.detach(), head, batch.targets_N, wide)
+        loss = linear_cross_entropy_sum(hidden_NH, head, batch.targets_N, wide) / max(len(batch.targets_N), 1)
+        if batch.targets_N.numel():
+            loss.backward()
+    model.train(was_training)
+    is_new_N = batch.targets_N >= (math.inf if first_new_id is None else first_new_id)
+    parts = {"old": losses_N[~is_new_N], "new": losses_N[is_new_N]}
+    return probe, {kind: part.double().mean().item() for kind, part in parts.items() if len(part)}
+
+
+def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int]) -> RoleNumbers:
+    learning = [(plain_name(name), p) for name, p in named if p.requires_grad]
+    squares = sum(p.detach().double().square().sum().item() for _, p in learning)
+    count = sum(p.numel() for _, p in learning)
+    first_at: dict[int, str] = {}
+    shared = []
+    for name, p in learning:
+        if first_at.setdefault(p.data_ptr(), name) != name:
+            shared.append(name)
+    gradients = [p.grad for _, p in learning if p.grad is not None]
+    return RoleNumbers(
+        num_tensors=len(learning),
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for _, p in learning})),
+        weight_rms=math.sqrt(squares / max(count, 1)),
+        largest_gradient=max((g.abs().amax().item() for g in gradients), default=0.0),
+        silent=tuple(
+            name for name, p in learning if id(p) not in is_unseen and (p.grad is None or not bool(p.grad.any()))
+        )
+        if gradients
+        else (),
+        shared=tuple(shared),
+    )
+
+
+def _unseen(role: Role, ids: Sequence[int], model: Any, first_new_id: int | None) -> set[int]:
+    """Rows of the embedding that no token of the pass names: they rightly get no gradient."""
+    if role not in ("old_rows", "new_rows"):
+        return set()
+    is_named = any((i >= (math.inf if first_new_id is None else first_new_id)) == (role == "new_rows") for i in ids)
+    return set() if is_named else {id(p) for p in vocabulary_modules(model)[0].parameters()}
+
+
+def _expected_roles(trains: Full | Lora | NewRows) -> set[Role]:
+    if isinstance(trains, Full):
+        return {"body", "old_rows", "new_rows"}
+    if isinstance(trains, NewRows):
+        return {"new_rows"}
+    rows: dict[str, set[Role]] = {"all": {"old_rows", "new_rows"}, "new": {"new_rows"}, "none": set()}
+    return {"adapter", *rows[trains.rows]}
+
+
+def _frozen(roles: Mapping[Role, Sequence[tuple[str, Parameter]]], trains: Full | Lora | NewRows) -> Iterator[str]:
+    for role in sorted(_expected_roles(trains)):
+        yield from (plain_name(name) for name, p in roles[role] if not p.requires_grad)
+
+
+def _row_rms(model: Any, first_new_id: int | None) -> dict[str, tuple[float, float]]:
+    if first_new_id is None:
+        return {}
+
+    def rms(rows: Tensor) -> float:
+        return rows.detach().double().square().mean().sqrt().item()
+
+    matrices = zip(("embedding", "head"), vocabulary_modules(model), strict=True)
+    return {name: (rms(m.weight[:first_new_id]), rms(m.weight[first_new_id:])) for name, m in matrices}
+
+
+def _bad_weight(model: Any, first_new_id: int | None) -> str:
+    """The first parameter, learning or not, with a number that is not finite; of a vocabulary matrix, its row too."""
+    named = list(model.named_parameters())
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for _, p in named])])
+    bad = (~torch.isfinite(norms)).nonzero()
+    if not len(bad):
+        return ""
+    name, parameter = named[int(bad[0])]
+    rows = (~torch.isfinite(parameter.detach())).reshape(len(parameter), -1).any(-1).nonzero()
+    if not len(rows) or not any(parameter is p for m in vocabulary_modules(model) for p in m.parameters()):
+        return plain_name(name)
+    # The second part of a split matrix begins with the first new piece.
+    offset = (first_new_id or 0) if name.endswith("original1") else 0
+    return f"{plain_name(name)}, row {int(rows[0]) + offset}"
+
+
+def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:
+    """The first row with an id the vocabulary does not reach; -1 for none."""
+    outside = np.flatnonzero(rows.ids >= num_vocab_rows) if len(rows.ids) else np.zeros(0)
+    return int(np.searchsorted(rows.offsets, outside[0], side="right") - 1) if len(outside) else -1
+
+
+def _ceilings(numbers: Mapping[str, RoleNumbers], probe: Probe) -> dict[str, float]:
+    """The largest loss scale, as a power of two, at which no gradient passes fp16's range: by role, and inside."""
+    found: dict[str, float] = {role: bits_below(n.largest_gradient) for role, n in numbers.items() if n.num_tensors}
+    if probe.gradients:
+        found["activations"] = bits_below(probe.largest(probe.gradients)[1])
+    return {name: bits for name, bits in found.items() if math.isfinite(bits)}
+
+
+def _ends_right(batch: Batch, eos: int | Sequence[int] | None) -> bool:
+    """Whether any row's last target is an end token (true where the model names none: nothing can be said)."""
+    ends = [eos] if isinstance(eos, int) else list(eos or ())
+    last = [batch.targets_N[batch.row_N == row][-1:].tolist() for row in range(len(batch.row_ids))]
+    return not ends or not any(last) or any(target[0] in ends for target in last if target)
+
+
+def _adapter_rate(stage: Stage) -> float:
+    own = stage.groups.adapter.peak_lr if isinstance(stage.trains, Lora) else None
+    return stage.peak_lr if own is None else own
+
+
+def _lora_factor(trains: Full | Lora | NewRows) -> float | None:
+    if not isinstance(trains, Lora):
+        return None
+    return trains.alpha / (math.sqrt(trains.rank) if trains.rslora else trains.rank)

@@ -1,0 +1,30 @@
+"""The dtype policy of a stage: which precision its products run in, and the loss scale's rule.
+
+Owns the way from a recipe's words to `device.Precision`, and what a device cannot compute.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graftlm.device import DTYPES, LossScaler, Precision, fastest_precision
+from graftlm.errors import UserError
+from graftlm.recipe import Stage
+
+
+def make_precision(stage: Stage, device: torch.device, begun_in: str | None = None) -> Precision:
+    """The stage's dtype policy; `begun_in` is the precision of the checkpoint it continues, if any.
+
+    Raises UserError for bf16 on a GPU without it.
+    """
+    name = begun_in or (fastest_precision(device) if stage.precision == "auto" else stage.precision)
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError(
+            f"Stage {stage.name} asks for bf16, which {torch.cuda.get_device_name(device)} does not compute.",
+            "Set precision: fp16 (weights stay fp32, the loss is scaled) or fp32.",
+        )
+    rule = stage.loss_scale
+    scaler = None
+    if name == "fp16":
+        scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
+    return Precision(DTYPES[name], device, scaler)

@@ -1,0 +1,52 @@
+"""The flight recorder: how far each step moves each role's weights, and how much of its gradient is zero.
+
+Owns a fixed sample of every trained tensor and what is read from it after a step. It costs a few small copies; whole
+tensors would cost as much as the optimizer itself (`bench/recorder.py` measures it). Does not judge what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+SAMPLED = 4096
+
+
+class Recorder:
+    """Evenly spaced entries of every tensor that learns, at most `SAMPLED` of each."""
+
+    def __init__(self, roles: Mapping[str, Sequence[Parameter]]) -> None:
+        self._parameters = {role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()}
+        self._weights = {role: [_sample(p) for p in found] for role, found in self._parameters.items() if found}
+        self._before = {role: [view.clone() for view in views] for role, views in self._weights.items()}
+
+    @torch.no_grad()
+    def read(self) -> dict[str, Any]:
+        """By role, of the sample: rms of the update since the last reading and of the weights, and the share of
+        gradient entries that are exactly zero (body and adapter: rows that no token names are zero by right)."""
+        update, weight, zero = {}, {}, {}
+        for role, views in self._weights.items():
+            before = self._before[role]
+            count = sum(view.numel() for view in views)
+            torch._foreach_sub_(before, views)
+            update[role], weight[role] = _rms(before, count), _rms(views, count)
+            torch._foreach_copy_(before, views)
+            if role in ("body", "adapter"):
+                gradients = [_sample(p.grad) for p in self._parameters[role] if p.grad is not None]
+                sampled = sum(view.numel() for view in gradients)
+                nonzero = torch.stack([view.count_nonzero() for view in gradients]).sum().item() if gradients else 0
+                zero[role] = 1 - nonzero / max(sampled, 1)
+        return {"update_rms": update, "weight_rms": weight, "zero_gradient_share": zero}
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // SAMPLED))]
+
+
+def _rms(tensors: list[torch.Tensor], count: int) -> float:
+    return torch.stack(torch._foreach_norm(tensors)).double().norm().item() / math.sqrt(max(count, 1))

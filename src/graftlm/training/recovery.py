@@ -1,0 +1,177 @@
+"""What is done when a step goes wrong: replayed, told, rolled back from; and when to give up.
+
+Owns the decision and its budget: which skipped steps are replayed, what counts as trouble, where to go back to, how the
+learning rate is cut. Does not run passes (`replay.py`) and does not touch weights: the stage rolls back, asked by a
+`Trouble` raised here. `stage.recovery` says how far this goes: automatic, advise (replay and tell), or off.
+
+The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from graftlm.device import random_states
+from graftlm.errors import NumericalStop
+from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.watch import LossWatch
+from graftlm.recipe import Stage
+from graftlm.run import Metrics, say
+from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_good_checkpoint, whole_checkpoints
+from graftlm.training.loop import StepRecord
+from graftlm.training.replay import SkippedStep
+
+RATE_CUT = 0.3  # measured on the card's crashing cell: rollback with it converges on three seeds of three
+HOPELESS_IN_A_ROW = 3
+REPLAYED_IN_A_ROW = (1, 3, 9, 27, 52)  # of an unbroken run of skipped steps: a falling scale needs no more looks
+MOST_REPLAYS = 50
+
+
+class Trouble(Exception):
+    """The run should not go on as it is; the text says why."""
+
+
+class Recovery:
+    """A stage's doctor at the bedside: an observer of every step."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        metrics: Metrics,
+        take_again: Callable[[SkippedStep], Incident],
+        blame: Callable[[int, float], tuple[str, ...]],
+    ) -> None:
+        self.stage, self.metrics, self._take_again, self._blame = stage, metrics, take_again, blame
+        self.watch = LossWatch()
+        self.rate_factor = 1.0
+        self.num_rollbacks = 0
+        self._in_a_row = self._num_replays = 0
+        self._is_risen = False
+        self._last: Incident | None = None
+        self._random: Mapping[str, Tensor] = random_states()
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether the state of this moment is one to go back to."""
+        return self._in_a_row == 0 and self.watch.is_calm
+
+    def see(self, record: StepRecord) -> None:
+        """Look at a finished step. Raises Trouble where the stage mends itself and should roll back."""
+        if self.stage.recovery == "off":
+            return
+        if record.skipped:
+            self._see_skipped(record.step, record.loss_scale)
+        else:
+            self._in_a_row = 0
+            if self.watch.see(record.loss):
+                self._see_rise(record.step)
+            else:
+                self._is_risen = False
+        self._random = random_states()
+
+    def _see_rise(self, step: int) -> None:
+        """The loss is far above its best: once for every rise, not for every step of it."""
+        if self._is_risen:
+            return
+        self._is_risen = True
+        last, best = self.watch.last, self.watch.best
+        culprits = self._blame(step - 1, best)
+        self._note(Incident(step, "loss-rose", 1.0, culprits=culprits, loss=last, best=best))
+        self._trouble("the loss rose")
+
+    def see_stop(self, stop: NumericalStop, step: int, loss_scale: float) -> None:
+        """Look at the step (from 1) at which the loss scale or the skips reached their limit.
+
+        Raises `stop` where nothing but the scale is to blame, or nobody asked why.
+        """
+        if self.stage.recovery == "off" or self._replay(step, loss_scale).cause == "scale-too-high":
+            self.metrics.append("stopped", step=step, text=stop.problem)
+            raise stop
+
+    def _see_skipped(self, step: int, loss_scale: float) -> None:
+        self._in_a_row += 1
+        if self._in_a_row not in REPLAYED_IN_A_ROW or self._num_replays >= MOST_REPLAYS:
+            return
+        incident = self._replay(step, loss_scale)
+        if incident.cause in HOPELESS and self._in_a_row >= HOPELESS_IN_A_ROW:
+            self._trouble(f"{self._in_a_row} steps in a row were not finite, and no loss scale helps")
+
+    def _replay(self, step: int, loss_scale: float) -> Incident:
+        self._num_replays += 1
+        incident = self._take_again(SkippedStep(step - 1, loss_scale, self._random))
+        self._note(incident)
+        return incident
+
+    def _note(self, incident: Incident) -> None:
+        self._last = incident
+        self.metrics.append("incident", **asdict(incident))
+        finding = finding_of(incident)
+        if finding.severity != "note":
+            say(f"{self.stage.name}, step {incident.step}: {finding.evidence}")
+
+    def _trouble(self, text: str) -> None:
+        if self.stage.recovery == "automatic":
+            raise Trouble(text)
+        say(f"{self.stage.name}: {text}; advice: roll back and cut the rate (recovery: automatic does it)")
+
+    def roll_back(self, why: str, step: int, checkpoints: Path) -> Checkpoint:
+        """The last good state, and the rate cut; what came after it is removed and the intervention written down.
+
+        Raises NumericalStop when the budget is used up, or nothing good is left to go back to.
+        """
+        good = newest_good_checkpoint(checkpoints)
+        if good is None or self.stage.recovery != "automatic" or self.num_rollbacks >= self.stage.max_rollbacks:
+            self._give_up(why, step)
+        assert good is not None
+        saved = load_checkpoint(good)
+        for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
+            shutil.rmtree(later, ignore_errors=True)
+        rate, number = self.rate_factor * RATE_CUT, self.num_rollbacks + 1
+        self.restore(saved.values["recovery"])
+        self.rate_factor, self.num_rollbacks, self._in_a_row = rate, number, 0
+        text = (
+            f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; the learning rate is "
+            f"{rate:.3g} of the recipe's from there on."
+        )
+        self.metrics.append(
+            "intervention", step=saved.values["step"], number=number, at_step=step, action="rollback",
+            rate_factor=rate, text=text,
+        )  # fmt: skip
+        say(f"{self.stage.name}: {text}")
+        return saved
+
+    def _told(self, why: str) -> str:
+        """Why, and what the last replay found."""
+        return f"{why.splitlines()[0].rstrip('.')}. {finding_of(self._last).evidence if self._last else ''}".strip()
+
+    def _give_up(self, why: str, step: int) -> NoReturn:
+        tried = f" {self.num_rollbacks} rollbacks did not help." if self.num_rollbacks else ""
+        text = f"{self.stage.name}, step {step}: {self._told(why)}{tried}"
+        self.metrics.append("stopped", step=step, text=text)
+        cure = finding_of(self._last).cure if self._last else "Lower peak_lr."
+        raise NumericalStop(text, f"{cure} Evidence: graftlm autopsy {self.metrics.path.parent.parent}")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on exactly."""
+        return {
+            "watch": self.watch.state(),
+            "rate_factor": self.rate_factor,
+            "num_rollbacks": self.num_rollbacks,
+            "in_a_row": self._in_a_row,
+            "num_replays": self._num_replays,
+            "is_risen": self._is_risen,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` returned; random states are those of this moment, so restore them before."""
+        self.watch.restore(state["watch"])
+        self.rate_factor, self.num_rollbacks = state["rate_factor"], state["num_rollbacks"]
+        self._in_a_row, self._num_replays = state["in_a_row"], state["num_replays"]
+        self._is_risen = state["is_risen"]
+        self._random = random_states()

@@ -1,0 +1,179 @@
+"""A step taken again, without touching a weight: at its own scale, at scale 1, in fp32, and with roles put back.
+
+Owns the passes of a replay and the way from a tensor's place to row and token. Does not judge (`health/incident.py`)
+and does not decide what follows (`recovery.py`). The step was skipped, so weights are as they were; random numbers are
+set as the step had them and put back after, so that a replayed run goes on as if nothing had been looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftlm.device import Precision, random_states, restore_random_states
+from graftlm.health.incident import HOPELESS, Class, Incident, Replayed, classify
+from graftlm.health.probe import BadTensor, plain_name, watching
+from graftlm.training.ablation import PutBack, roles_put_back
+from graftlm.training.batches import Batch, Steps, row_batches
+from graftlm.training.loop import response_loss_sum
+
+MOST_ROWS_TRIED = 64
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a pass over a step's micro-batches showed, up to the first bad one (its number, or -1)."""
+
+    is_forward_finite: bool = True
+    is_finite: bool = True
+    first_bad: BadTensor | None = None
+    bad_batch: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedStep:
+    """A step to replay: its number (from 0), the loss scale it had, and the random states it began with."""
+
+    step: int
+    loss_scale: float
+    random: Mapping[str, Tensor]
+
+
+def replay(
+    model: Any,
+    steps: Steps,
+    skipped: SkippedStep,
+    precision: Precision,
+    last_good: Mapping[str, Tensor] | None,
+    first_new_id: int | None,
+) -> Incident:
+    """Find out what a skipped step was. `last_good` are trained weights by name to put back, where there are any."""
+    after = random_states()
+    batches = steps.micro_batches(skipped.step, precision.device)
+    unscaled = replace(precision, scaler=None)
+
+    def take(precision: Precision, scale: float, some: Sequence[Batch] = batches, needs_backward: bool = True) -> _Seen:
+        restore_random_states(dict(skipped.random))
+        return _pass(model, some, precision, scale, needs_backward)
+
+    at_one = take(unscaled, 1.0)
+    as_scaled = at_one if skipped.loss_scale == 1.0 else take(unscaled, skipped.loss_scale)
+    in_fp32 = at_one
+    if not at_one.is_forward_finite and precision.compute_dtype != torch.float32:
+        in_fp32 = take(replace(unscaled, compute_dtype=torch.float32), 1.0, needs_backward=False)
+    seen = Replayed(
+        num_targets=sum(len(batch.targets_N) for batch in batches),
+        bad_weight=_bad_weight(model),
+        is_forward_finite=at_one.is_forward_finite,
+        is_forward_finite_in_fp32=in_fp32.is_forward_finite,
+        is_finite=at_one.is_finite,
+        is_finite_as_scaled=as_scaled.is_finite,
+    )
+    cause = classify(seen)
+    shown = at_one if at_one.first_bad else as_scaled
+    found = _incident(steps, skipped, cause, seen.bad_weight, batches, shown, first_new_id)
+    if cause in HOPELESS and shown.bad_batch >= 0:
+        batch = batches[shown.bad_batch]
+        found = replace(
+            found,
+            culprits=tuple(
+                role
+                for role, ways in roles_put_back(model, last_good)
+                if any(_is_cured(way, lambda: take(unscaled, 1.0, [batch])) for way in ways)
+            ),
+            bad_rows=tuple(
+                row_id
+                for row_id in batch.row_ids[:MOST_ROWS_TRIED]
+                if not take(unscaled, 1.0, _alone(steps, row_id, precision), needs_backward=False).is_forward_finite
+            ),
+            num_rows=min(len(batch.row_ids), MOST_ROWS_TRIED),
+        )
+    model.zero_grad(set_to_none=True)
+    restore_random_states(after)
+    return found
+
+
+def _is_cured(way: PutBack, take: Callable[[], _Seen]) -> bool:
+    with way.held():
+        return take().is_finite
+
+
+def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:
+    return row_batches(steps.rows, [row_id], int(steps.rows.lengths[row_id]), precision.device, False)
+
+
+def _pass(model: Any, batches: Sequence[Batch], precision: Precision, scale: float, needs_backward: bool) -> _Seen:
+    """Forward and backward over the micro-batches as the loop does it, stopping at the first that is not finite."""
+    factor = scale / max(sum(len(batch.targets_N) for batch in batches), 1)
+    for number, batch in enumerate(batches):
+        model.zero_grad(set_to_none=True)
+        with watching(model) as probe, torch.set_grad_enabled(needs_backward):
+            loss = response_loss_sum(model, batch, precision, factor)
+            if not math.isfinite(loss.item()):
+                # The head is no module's call: what is finite until the loss broke there.
+                place = int(batch.labelled_N[0]) if len(batch.labelled_N) else 0
+                return _Seen(False, False, probe.first_bad or BadTensor("forward", HEAD, place, 1), number)
+            if needs_backward:
+                (loss * factor).backward()
+        if needs_backward and not _gradients_finite(model):
+            return _Seen(True, False, probe.first_bad or BadTensor("backward", HEAD, 0, 1), number)
+    return _Seen()
+
+
+def _gradients_finite(model: Any) -> bool:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+
+
+def _bad_weight(model: Any) -> str:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            return plain_name(name)
+    return ""
+
+
+def _incident(
+    steps: Steps,
+    skipped: SkippedStep,
+    cause: Class,
+    bad_weight: str,
+    batches: Sequence[Batch],
+    shown: _Seen,
+    first_new_id: int | None,
+) -> Incident:
+    bad = shown.first_bad
+    found = Incident(skipped.step + 1, cause, skipped.loss_scale, bad_weight=bad_weight)
+    if bad is None:
+        return found
+    batch = batches[shown.bad_batch]
+    token_id = int(batch.ids_1T[0, bad.place])
+    row_id, place = _row_at(steps, batch, bad.place)
+    return replace(
+        found,
+        phase=bad.phase,
+        module=bad.module,
+        row_id=row_id,
+        token_id=token_id,
+        is_new_token=first_new_id is not None and token_id >= first_new_id,
+        is_answer=bool(steps.rows.row(row_id)[1][place]),
+    )
+
+
+def _row_at(steps: Steps, batch: Batch, place: int) -> tuple[int, int]:
+    """The row a place of the packed micro-batch belongs to, and its place there; the shared prefix is the first's."""
+    shared = batch.layout.num_shared
+    if place < shared:
+        return batch.row_ids[0], place
+    begins = shared
+    for row_id in batch.row_ids:
+        own = int(steps.rows.lengths[row_id]) - shared
+        if place < begins + own:
+            return row_id, place - begins + shared
+        begins += own
+    raise AssertionError(f"no token {place} in a micro-batch of {batch.num_tokens}")
