@@ -16,10 +16,12 @@ from graftlm.device import use_all_cores
 from graftlm.errors import UserError
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
-from graftlm.release.export import Manifest
+from graftlm.release.export import Manifest, export_gguf_of_folder, whole_or_absent
+from graftlm.release.gguf_file import Quantization
 from graftlm.road import Facts, Road
 from graftlm.run import RECIPE, RunFolder, disk_errors, read_json, say
 from graftlm.step import STARTED, Order, Step, fingerprint, make_order
+from graftlm.talk.generate import model_of_run
 from graftlm.text.rows import FORMAT_VERSION
 
 EARLIER = "earlier"
@@ -71,25 +73,45 @@ def due_steps(recipe: Recipe, folder: Path) -> list[str]:
     return [stop.name for stop in walk.stops if not Step(folder / stop.name).is_done(orders[stop.name].key)]
 
 
-def export_run(folder: Path, to: str, out: Path | None) -> Manifest:
-    """Write a finished run's model again, merged (`hf`) or as its last stage's adapter on the model below it.
+def export_run(folder: Path, to: str, out: Path | None, quantization: str | None = None) -> Manifest:
+    """Write a finished run's model again: merged (`hf`), as its last stage's adapter, or for llama.cpp (`gguf`).
 
-    `adapter` writes two folders: `adapter` and the `base` it belongs on. Raises UserError.
+    `adapter` writes two folders: `adapter` and the `base` it belongs on. For `gguf` a plain model folder will do.
+    `out` is whole and checked, or absent. Raises UserError, NumericalStop, DiskError.
     """
-    if to not in ("hf", "adapter"):
-        raise UserError(f"--to {to} is not known.", "Choose hf (one merged folder) or adapter (base and PEFT adapter).")
-    if not (folder / RECIPE).is_file():
+    if to not in ("hf", "adapter", "gguf"):
         raise UserError(
-            f"{folder} is no run folder: it holds no recipe.json.", "Give the folder of `graftlm run --out`."
+            f"--to {to} is not known.", "Choose hf (one merged folder), adapter (base and PEFT adapter) or gguf."
         )
+    if quantization is not None and to != "gguf":
+        raise UserError(f"--quantization belongs to --to gguf, not to --to {to}.", "Leave it out.")
+    if quantization not in (None, "f16", "q8_0"):
+        raise UserError(f"--quantization {quantization} is not known.", "Choose f16 or q8_0.")
+    kind: Quantization = "q8_0" if quantization == "q8_0" else "f16"
+    name = f"export-gguf-{kind}" if to == "gguf" else f"export-{to}"
+    if not (folder / RECIPE).is_file():
+        return _export_folder(folder, to, out or folder.absolute().parent / name, kind)
     recipe = Recipe.model_validate(read_json(folder / RECIPE)["recipe"])
-    out = out or folder / f"export-{to}"
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} already holds files.", "Give --out a new or empty folder.")
+    out = out or folder / name
     with RunFolder(folder, recipe.name):
         road = Road(recipe, folder)
         road.check_stages_done()
-        return road.export_adapter(out) if to == "adapter" else road.export(road.model_before(len(recipe.stages)), out)
+        if to == "adapter":
+            return whole_or_absent(out, lambda scratch: road.export_adapter(scratch, out))
+        if to == "gguf":
+            return whole_or_absent(out, lambda scratch: road.export_gguf(scratch, kind))
+        return whole_or_absent(out, road.export_hf)
+
+
+def _export_folder(folder: Path, to: str, out: Path, quantization: Quantization) -> Manifest:
+    """What can be made of a model folder alone."""
+    if to != "gguf" or not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it holds no recipe.json.",
+            "Give the folder of `graftlm run --out`" + (", or a model folder." if to == "gguf" else "."),
+        )
+    model = Path(model_of_run(folder))
+    return whole_or_absent(out, lambda scratch: export_gguf_of_folder(model, scratch, quantization))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,12 @@ from graftlm.errors import UserError
 from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import expand_model
+from graftlm.model.tensors import TensorSource, source_of_folder
 from graftlm.recipe import Lora, Recipe
-from graftlm.release.export import Manifest, export_adapter, export_model
+from graftlm.release.export import Also, Manifest, export_adapter, export_gguf, export_model
+from graftlm.release.gguf_file import Quantization
 from graftlm.release.judge import answer_exact, judge_states
+from graftlm.release.merge import after_stage
 from graftlm.release.report import write_report
 from graftlm.step import Step
 from graftlm.talk.generate import load_chatbot
@@ -148,17 +152,35 @@ class Road:
 
     def export_model(self, step: Step) -> Facts:
         """The finished model, as others load it."""
-        model = self.model_before(len(self.recipe.stages))
-        return {"max_logit_difference": self.export(model, step.folder).max_logit_difference}
+        self._in_hand = None  # it is read tensor by tensor: the whole of it need not be in memory any more
+        return {"max_logit_difference": self.export_hf(step.folder).max_logit_difference}
 
-    def export(self, model: Any, out: Path) -> Manifest:
+    def model_after(self, number: int) -> TensorSource:
+        """The model after the first `number` stages, read and merged one tensor at a time."""
+        source = source_of_folder(self.folder / "2-base")
+        for earlier in range(number):
+            source = after_stage(source, self.recipe.stages[earlier], self.stage_folder(earlier))
+        return source
+
+    def export_hf(self, out: Path, also: Also | None = None) -> Manifest:
         """Write one merged folder for plain transformers."""
-        section = self.recipe.export
-        dtype, max_shard = DTYPES[section.dtype], f"{section.max_shard_gb:g}GB"
-        return export_model(model.cpu(), self._tokenizer, self._template.jinja, out, dtype=dtype, max_shard=max_shard)
+        return self._export_folder(len(self.recipe.stages), out, DTYPES[self.recipe.export.dtype], also)
 
-    def export_adapter(self, out: Path) -> Manifest:
-        """Write the last stage's adapter, and beside it the model it belongs on."""
+    def _export_folder(self, num_stages: int, out: Path, dtype: torch.dtype, also: Also | None = None) -> Manifest:
+        return export_model(
+            self.model_after(num_stages), self._tokenizer, self._template.jinja, out,
+            dtype=dtype, max_shard_bytes=int(self.recipe.export.max_shard_gb * 1e9), also=also,
+        )  # fmt: skip
+
+    def export_gguf(self, out: Path, quantization: Quantization, also: Also | None = None) -> Manifest:
+        """Write one GGUF file for llama.cpp."""
+        return export_gguf(
+            self.model_after(len(self.recipe.stages)), self._tokenizer, self._template.jinja, out,
+            name=self.recipe.name, quantization=quantization, also=also,
+        )  # fmt: skip
+
+    def export_adapter(self, out: Path, final: Path, also: Also | None = None) -> Manifest:
+        """Write the last stage's adapter, and beside it the model it belongs on; `final` is where `out` will lie."""
         number = len(self.recipe.stages) - 1
         stage = self.recipe.stages[number]
         if not isinstance(stage.trains, Lora):
@@ -166,11 +188,14 @@ class Road:
                 f"The last stage, {stage.name}, trains {stage.trains.kind}: there is no adapter to export.",
                 "Export with --to hf.",
             )
-        below = self.model_before(number)
-        export_model(below, self._tokenizer, self._template.jinja, out / "base", dtype=torch.float32)
+        below = self._export_folder(number, out / "base", torch.float32)
         tokenizer = self._tokenizer
-        adapted = attach_stage(below, stage, self.stage_folder(number), tokenizer.first_new_id)
-        return export_adapter(adapted, tokenizer, self._template.jinja, out / "adapter", out / "base")
+        adapted = attach_stage(load_causal(out / "base"), stage, self.stage_folder(number), tokenizer.first_new_id)
+        adapter = export_adapter(
+            adapted, tokenizer, self._template.jinja, out / "adapter", out / "base", final / "base", also=also
+        )
+        files = {f"base/{name}": mark for name, mark in below.files.items()}
+        return replace(adapter, files=files | {f"adapter/{name}": mark for name, mark in adapter.files.items()})
 
     def check_stages_done(self) -> None:
         """Refuse a run whose training has not ended. Raises UserError."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from graftlm.cli import data, machine, road, talk, tokenizer
+from graftlm.cli import data, machine, release, road, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -45,7 +45,7 @@ tokenizer_app.command("check")(tokenizer.tokenizer_check)
 tokenizer_app.command("report")(tokenizer.tokenizer_report_verb)
 app.command("expand")(road.expand)
 app.command("data")(data.data)
-app.command("export")(road.export)
+app.command("export")(release.export)
 app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("eval")(talk.eval_verb)

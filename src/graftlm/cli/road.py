@@ -1,4 +1,4 @@
-"""Verbs of the whole road: run, expand, export."""
+"""Verbs of the road: run, expand."""
 
 from __future__ import annotations
 
@@ -82,22 +82,3 @@ def expand(
 
     check_new_folder(out)
     show(expand_model(model, tokenizer, init, out, head_init=head_init, vectors=vectors, seed=seed), as_json)
-
-
-def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    to: Annotated[str, typer.Option(help="hf or adapter.")] = "hf",
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a run's model in another form. It is loaded again and its logits compared.
-
-    Example: graftlm export runs/demo --to adapter --out demo-adapter
-    """
-    from graftlm.errors import UserError
-
-    if to == "gguf":
-        raise UserError("GGUF files are not written yet.", "Choose --to hf (one merged folder) or --to adapter.")
-    from graftlm.pipeline import export_run
-
-    show(export_run(run_folder, to, out), as_json)

@@ -33,7 +33,7 @@ from graftlm.model.weights import (
 from graftlm.run import say
 
 __all__ = [
-    "body_of", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied", "load_causal",
+    "body_of", "check_folder", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied", "load_causal",
     "model_fingerprint", "new_causal", "parameter_count", "plain_model", "recompute_activations", "save_causal",
     "vocabulary_modules",
 ]  # fmt: skip
@@ -80,11 +80,7 @@ def load_causal(
     Raises UserError on a folder without config, a model that is not Llama-like, pickled, quantised, missing,
     foreign, truncated or changed weights, and shards outside the folder. Code lying in the folder never runs.
     """
-    folder = find_model(path_or_hub_id)
-    config = _checked_config(folder)
-    tensors = stored_tensors(folder)
-    verify_manifest(folder)
-    _check_tensors(folder, config, tensors)
+    folder, config, _ = check_folder(path_or_hub_id)
     transformers_logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True,
@@ -93,6 +89,19 @@ def load_causal(
     model, info = loaded
     assert not info["missing_keys"], info["missing_keys"]  # _check_tensors knows better than to get here
     return _without_padding_index(model)
+
+
+def check_folder(path_or_hub_id: str | Path) -> tuple[Path, PretrainedConfig, dict[str, StoredTensor]]:
+    """A model's folder, its config and where its tensors lie, once all of it is found whole and of one model.
+
+    Raises UserError as `load_causal`.
+    """
+    folder = find_model(path_or_hub_id)
+    config = _checked_config(folder)
+    tensors = stored_tensors(folder)
+    verify_manifest(folder)
+    _check_tensors(folder, config, tensors)
+    return folder, config, tensors
 
 
 def empty_causal(config_or_path: PretrainedConfig | str | Path) -> PreTrainedModel:

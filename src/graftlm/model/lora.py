@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,7 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PeftModel):
         return plain_model(model)
     tied = is_tied(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-            merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise NumericalStop(
-            f"The adapter holds numbers that are not finite: {error}",
-            "Take an earlier checkpoint; see what happened with: graftlm autopsy RUN.",
-        ) from None
+    merged = _merged(model)
     # PEFT unties in the config what it finds as two tensors: a split matrix, or the two equal copies it loads.
     merged.config.tie_word_embeddings = tied
     if tied and not parametrize.is_parametrized(merged.get_input_embeddings(), "weight"):
@@ -101,6 +93,40 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
         if left_over in merged.__dict__:
             delattr(merged, left_over)
     return merged
+
+
+def _merged(model: PeftModel) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise NumericalStop(
+            f"The adapter holds numbers that are not finite: {error}",
+            "Take an earlier checkpoint; see what happened with: graftlm autopsy RUN.",
+        ) from None
+
+
+def merged_matrix(
+    weight: Tensor, tensors: Mapping[str, Tensor], *, rank: int, alpha: float, rslora: bool, dora: bool
+) -> Tensor:
+    """One projection's matrix with its adapter added, by the same arithmetic as `merge_lora`: the same bits.
+
+    `tensors` holds the adapter's own by PEFT's names (`lora_A`, `lora_B`, ...). Raises NumericalStop.
+    """
+    holder = nn.Module()
+    holder.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    holder.linear.weight = nn.Parameter(weight, requires_grad=False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=["linear"], use_rslora=rslora, use_dora=dora,  # pyright: ignore
+    )  # fmt: skip
+    with torch.random.fork_rng(), _without_notices():
+        adapted: Any = get_peft_model(holder, config)  # pyright: ignore[reportArgumentType]
+    named = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[name.partition(".linear.")[2]])
+    return _merged(adapted).linear.weight.detach()
 
 
 def save_adapter(

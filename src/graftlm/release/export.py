@@ -1,38 +1,59 @@
-"""The finished model as others load it: a plain Hugging Face folder, or an adapter for plain PEFT.
+"""The finished model as others load it: a plain Hugging Face folder, an adapter for plain PEFT, a GGUF file.
 
-Owns what stands beside the weights (tokenizer with its chat template, generation settings), and the
-comparison of what was written with what was trained. Does not train, evaluate or describe. On the road:
-`N-model`.
+Owns what stands beside the weights (tokenizer with its chat template, generation settings), and the comparison of what
+was written with what was trained. Holds one tensor of a model at a time. Does not train, evaluate or describe. On the
+road: `N-model`.
 
 Shapes: T tokens, V rows of the head.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFWriter
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from graftlm.model.causal import body_of, check_ids, head_weight, load_causal, plain_model, save_causal
-from graftlm.model.lora import load_adapter, merge_lora, save_adapter
-from graftlm.text.dialogue import BUILT_IN, Conversation, Message, Template, render
+from graftlm.errors import UserError
+from graftlm.model.causal import (
+    body_of,
+    check_ids,
+    empty_causal,
+    head_weight,
+    load_causal,
+    model_fingerprint,
+    plain_model,
+)
+from graftlm.model.lora import load_adapter, save_adapter
+from graftlm.model.tensors import TensorSource, source_of_folder, streamed_logits, write_source
+from graftlm.model.weights import stored_tensors, tensor_sha256, write_folder
+from graftlm.release.gguf_file import Quantization, source_of_gguf, write_gguf
+from graftlm.release.gguf_vocabulary import add_vocabulary
+from graftlm.run import disk_errors, say
+from graftlm.text.dialogue import BUILT_IN, CARD, Conversation, Message, Template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
 # Merged = adapter within 1e-4 (N4) holds for weights stored as they were trained.
 EXACT_TOLERANCE = 1e-4
+MAX_SHARD_BYTES = 5 * 10**9
 _MAX_COMPARED_TOKENS = 512
 SAMPLES = (
     Conversation((Message("user", "What is the capital of France?"), Message("assistant", "It is Paris."))),
     Conversation((Message("user", "12 + 30 = ?"), Message("assistant", "42"))),
     Conversation((Message("user", "中国的首都是哪里？"), Message("assistant", "北京是中国的首都。"))),
 )
+
+Also = Callable[[Path], None]
+"""Writes more files into the folder being made, before its manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,41 +71,41 @@ class Manifest:
 
 
 def export_model(
-    model: Any,
+    source: TensorSource,
     tokenizer: Tokenizer,
     template_jinja: str,
     out: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    max_shard: str = "5GB",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     samples: Sequence[Conversation] = SAMPLES,
+    also: Also | None = None,
 ) -> Manifest:
-    """Write a trained model (a folder, a plain model, or one with adapters, which are merged) for everyone to
-    load.
+    """Write a trained model for everyone to load.
 
-    The folder is loaded again: every tensor must be the trained one rounded to `dtype`, embedding and head
-    included, and the logits on rendered `samples` are compared. Raises UserError, DiskError.
+    The folder is read again: every tensor must be the trained one rounded to `dtype`, embedding and head
+    included, and the logits on rendered `samples` are compared. Raises UserError, NumericalStop, DiskError.
     """
-    if isinstance(model, str | Path):
-        model = load_causal(model)
-    check_ids(plain_model(model), tokenizer.num_pieces)
-    template = _template_of(template_jinja)
-    rows = [_sample_ids(sample, tokenizer, template) for sample in samples]
-    trained_logits = [_logits_TV(model, ids) for ids in rows]
-    merged = merge_lora(model)
-    merged.generation_config = generation_settings(merged, tokenizer, template)
-    merged.config.eos_token_id = merged.generation_config.eos_token_id
-    merged.config.bos_token_id, merged.config.pad_token_id = tokenizer.bos_id, tokenizer.pad_id
+    out = Path(out)
+    check_ids(source.config, tokenizer.num_pieces)
+    rows = sample_rows(samples, tokenizer, template_of(template_jinja))
+    digests: dict[str, str] = {}
 
-    def carry(scratch: Path) -> None:
+    def write(scratch: Path) -> None:
+        digests.update(write_source(source, scratch, dtype, max_shard_bytes))
+        settings = generation_settings(source.config.vocab_size, tokenizer, template_of(template_jinja))
+        _finished_config(source, tokenizer, settings, dtype).save_pretrained(scratch)
+        settings.save_pretrained(scratch)
         tokenizer.save(scratch, chat_template=template_jinja)
+        if also is not None:
+            also(scratch)
 
-    files = save_causal(merged, out, max_shard, also=carry, dtype=dtype)
-    _check_tokenizer(Path(out), tokenizer, template_jinja)
-    loaded: Any = load_causal(out)
-    loaded.to(merged.device)
-    _check_tensors(merged, loaded, dtype)
-    difference = _largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
+    files = write_folder(out, write)
+    _check_tokenizer(out, tokenizer, template_jinja)
+    loaded = source_of_folder(out)
+    stored = {name: tensor_sha256(tensor) for name, tensor in stored_tensors(out).items()}
+    assert stored == digests, f"tensors changed on disk: {sorted(stored.items() ^ digests.items())[:1]}"
+    difference = largest_difference(streamed_logits(source, rows), streamed_logits(loaded, rows))
     if dtype == torch.float32:
         assert difference <= EXACT_TOLERANCE, f"the merged model's logits lie {difference} from the trained ones"
     return Manifest(files, difference, str(dtype).removeprefix("torch."), sum(map(len, rows)))
@@ -96,42 +117,117 @@ def export_adapter(
     template_jinja: str,
     out: str | Path,
     base: str | Path,
+    base_name: str | Path | None = None,
     *,
     samples: Sequence[Conversation] = SAMPLES,
+    also: Also | None = None,
 ) -> Manifest:
     """Write the adapters of a trained model, and its embedding and head if they learned, for plain PEFT on
-    `base`.
+    `base`, which the adapter calls `base_name`.
 
     Loaded again on `base`, the logits must be the trained model's within 1e-4. Raises UserError, DiskError.
     """
     check_ids(plain_model(model), tokenizer.num_pieces)
-    template = _template_of(template_jinja)
-    rows = [_sample_ids(sample, tokenizer, template) for sample in samples]
+    rows = sample_rows(samples, tokenizer, template_of(template_jinja))
     trained_logits = [_logits_TV(model, ids) for ids in rows]
 
     def carry(scratch: Path) -> None:
         tokenizer.save(scratch, chat_template=template_jinja)
+        if also is not None:
+            also(scratch)
 
-    files = save_adapter(model, out, base, also=carry)
+    files = save_adapter(model, out, base_name or base, model_fingerprint(base), also=carry)
     _check_tokenizer(Path(out), tokenizer, template_jinja)
     loaded_base: Any = load_causal(base)
     loaded = load_adapter(loaded_base.to(plain_model(model).device), out)
-    difference = _largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
+    difference = largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
     assert difference <= EXACT_TOLERANCE, f"the re-loaded adapter's logits lie {difference} from the trained ones"
     return Manifest(files, difference, "float32", sum(map(len, rows)))
 
 
-def generation_settings(model: PreTrainedModel, tokenizer: Tokenizer, template: Template) -> GenerationConfig:
+def export_gguf(
+    source: TensorSource,
+    tokenizer: Tokenizer,
+    template_jinja: str,
+    out: str | Path,
+    *,
+    name: str,
+    quantization: Quantization = "f16",
+    samples: Sequence[Conversation] = SAMPLES,
+    also: Also | None = None,
+) -> Manifest:
+    """Write a trained model as one GGUF file for llama.cpp, `NAME-f16.gguf` or `NAME-q8_0.gguf`, in folder `out`.
+
+    The file is read again, its tensors put back into our form, and the logits on rendered `samples` compared.
+    Raises UserError, NumericalStop, DiskError.
+    """
+    out = Path(out)
+    check_ids(source.config, tokenizer.num_pieces)
+    template, num_pieces = template_of(template_jinja), tokenizer.num_pieces
+    rows = sample_rows(samples, tokenizer, template)
+    digests: dict[str, str] = {}
+    file = f"{name}-{quantization}.gguf"
+
+    def add_more(writer: GGUFWriter) -> None:
+        writer.add_name(name)
+        add_vocabulary(writer, tokenizer, template, answer_ends(tokenizer, template))
+
+    def write(scratch: Path) -> None:
+        digests.update(write_gguf(source, scratch / file, quantization, num_pieces, add_more))
+        if also is not None:
+            also(scratch)
+
+    files = write_folder(out, write)
+    loaded, stored = source_of_gguf(out / file, source.config, num_pieces)
+    assert stored == digests, f"tensors changed on disk: {sorted(stored.items() ^ digests.items())[:1]}"
+    trained = [logits_TV[:, :num_pieces] for logits_TV in streamed_logits(source, rows)]
+    difference = largest_difference(trained, streamed_logits(loaded, rows))
+    return Manifest(files, difference, quantization, sum(map(len, rows)))
+
+
+def export_gguf_of_folder(folder: Path, out: Path, quantization: Quantization) -> Manifest:
+    """Write the GGUF file of a plain model folder with a tokenizer; without a chat template it gets the card's.
+
+    Raises UserError on anything amiss in the folder, before anything is written.
+    """
+    tokenizer = load_tokenizer(folder)
+    check_ids(empty_causal(folder), tokenizer.num_pieces)
+    template = tokenizer.chat_template or CARD.jinja
+    if not tokenizer.chat_template:
+        say(f"{folder} carries no chat template: the card's is used.")
+    name = folder.absolute().name
+    return export_gguf(source_of_folder(folder), tokenizer, template, out, name=name, quantization=quantization)
+
+
+def whole_or_absent(out: Path, write: Callable[[Path], Manifest]) -> Manifest:
+    """Let `write` make and check an export in a folder beside `out`, then give it that name by one rename.
+
+    What an interrupted export left is cleared away. Raises UserError when `out` already holds something.
+    """
+    out = out.absolute()
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} already holds files.", "Give --out a new or empty folder.")
+    scratch = out.with_name(f".{out.name}.unchecked")
+    with disk_errors(out.parent):
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            manifest = write(scratch)
+            scratch.replace(out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def generation_settings(num_rows: int, tokenizer: Tokenizer, template: Template) -> GenerationConfig:
     """How others generate by default: it stops where an answer of the template ends, and never samples
     nothing.
 
     Suppressed are rows beyond the tokenizer (padding no training moved, which may win all the same) and the
     control pieces that begin, pad or stand for the unknown.
     """
-    end = render(SAMPLES[0], tokenizer, template)
-    ends = sorted({tokenizer.eos_id, *_last_target(end.ids, end.is_target, tokenizer)})
+    ends = answer_ends(tokenizer, template)
     silent = {i for i in (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id) if i is not None} - set(ends)
-    never = sorted(silent | set(range(tokenizer.num_pieces, len(head_weight(model)))))
+    never = sorted(silent | set(range(tokenizer.num_pieces, num_rows)))
     return GenerationConfig(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
@@ -141,17 +237,37 @@ def generation_settings(model: PreTrainedModel, tokenizer: Tokenizer, template: 
     )
 
 
-def _last_target(ids: list[int], is_target: list[bool], tokenizer: Tokenizer) -> list[int]:
-    targets = [i for i, learned in zip(ids, is_target, strict=True) if learned]
-    return [i for i in targets[-1:] if i in tokenizer.special_ids]
+def answer_ends(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Ids at which an answer ends: end-of-text, and the control piece the template puts behind an answer."""
+    rendered = render(SAMPLES[0], tokenizer, template)
+    targets = [i for i, learned in zip(rendered.ids, rendered.is_target, strict=True) if learned]
+    return sorted({tokenizer.eos_id, *(i for i in targets[-1:] if i in tokenizer.special_ids)})
 
 
-def _template_of(jinja: str) -> Template:
+def template_of(jinja: str) -> Template:
+    """The built-in template of that text, or one made of it."""
     return next((t for t in BUILT_IN.values() if t.jinja == jinja), Template("exported", jinja, "all"))
 
 
-def _sample_ids(sample: Conversation, tokenizer: Tokenizer, template: Template) -> list[int]:
-    return render(sample, tokenizer, template).ids[:_MAX_COMPARED_TOKENS]
+def sample_rows(samples: Sequence[Conversation], tokenizer: Tokenizer, template: Template) -> list[list[int]]:
+    """Rendered ids of each sample, cut where comparing them would take long."""
+    return [render(sample, tokenizer, template).ids[:_MAX_COMPARED_TOKENS] for sample in samples]
+
+
+def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest distance of two logits."""
+    difference = max(((a - b).abs().max().item() for a, b in zip(expected, found, strict=True)), default=0.0)
+    assert math.isfinite(difference), "the exported model gives logits that are not finite"
+    return difference
+
+
+def _finished_config(source: TensorSource, tokenizer: Tokenizer, settings: GenerationConfig, dtype: torch.dtype) -> Any:
+    config: Any = copy.deepcopy(source.config)
+    config.architectures = [type(empty_causal(source.config)).__name__]
+    config.dtype = dtype
+    config.eos_token_id = settings.eos_token_id
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_id, tokenizer.pad_id
+    return config
 
 
 @torch.no_grad()
@@ -163,19 +279,6 @@ def _logits_TV(model: Any, ids: list[int]) -> Tensor:
     hidden_TH = body_of(model)(torch.tensor([ids], device=weight.device), use_cache=False).last_hidden_state[0]
     model.train(was_training)
     return linear(hidden_TH, weight).float()
-
-
-def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    difference = max(((a - b).abs().max().item() for a, b in zip(expected, found, strict=True)), default=0.0)
-    assert math.isfinite(difference), "the exported model gives logits that are not finite"
-    return difference
-
-
-def _check_tensors(trained: PreTrainedModel, loaded: PreTrainedModel, dtype: torch.dtype) -> None:
-    expected, found = dict(trained.named_parameters()), dict(loaded.named_parameters())
-    assert expected.keys() == found.keys(), f"tensors differ: {sorted(expected.keys() ^ found.keys())[:3]}"
-    for name, parameter in expected.items():
-        assert torch.equal(parameter.to(dtype).float(), found[name].float()), f"{name} changed in the export"
 
 
 def _check_tokenizer(out: Path, tokenizer: Tokenizer, template_jinja: str) -> None:

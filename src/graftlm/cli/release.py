@@ -1,0 +1,31 @@
+"""Verbs that hand a finished model on: export, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftlm.cli.options import AsJson, Out
+from graftlm.cli.show import show
+
+
+def export(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run's folder; for gguf a model folder too.")
+    ],
+    to: Annotated[str, typer.Option(help="hf, adapter or gguf.")] = "hf",
+    out: Out = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of gguf: f16 (half precision, the default) or q8_0 (8 bits).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model for transformers, PEFT or llama.cpp. It is read again and its logits compared.
+
+    Example: graftlm export runs/demo --to gguf --quantization q8_0 --out demo-gguf
+    """
+    from graftlm.pipeline import export_run
+
+    show(export_run(run_folder, to, out, quantization), as_json)
