@@ -180,7 +180,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; a half-written last line is passed over."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -12,7 +12,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,16 @@ from graftlm.run import read_metrics
 _OVERFLOW = re.compile(r"OVERFLOW! .*?Attempted loss scale: ([\d.e+-]+), (?:reducing to ([\d.e+-]+)|but hysteresis)")
 _FLOOR = "Current loss scale already at minimum"
 _PROGRESS = re.compile(r"(?:^|[\s|])(\d+)/(\d+) \[")
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?[\w.]*(?:Error|Exception): .+")
 _HF_LINE = re.compile(r"\{'(?:loss|eval_loss)'.*?\}")
 
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """One step (from 1) as far as it was logged: nats per target token, norm before clipping, scale before the step."""
+    """One step (from 1) as far as it was logged: nats per target token, norm before clipping, scale before the step.
+
+    `by_role` holds grad_norms, update_rms, weight_rms and zero_gradient_share, each by role (adapter, new_rows, …).
+    """
 
     step: int
     loss: float | None = None
@@ -37,18 +41,32 @@ class LogRecord:
     grad_norm: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    by_role: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the loss was not finite. HF Trainer prints 0.0 for such a loss, and its norm as it is."""
+        if self.loss == 0.0 and self.grad_norm is not None and math.isnan(self.grad_norm):
+            return True
+        return self.loss is not None and not math.isfinite(self.loss)
 
 
 @dataclass(slots=True)
 class RunLog:
-    """A run's curves. `heldout` holds (step, loss); `scales` (step, scale after) at each overflow; `ending` what was
-    said last when the run stopped by itself: an error's text."""
+    """A run's curves. `heldout` holds (step, loss) of the language judged by, `readings` the same of each language;
+    `scales` (step, scale after) at each overflow; `ending` what was said last when the run stopped by itself: an
+    error's text. `records` are the run's own course; attempts it rolled back from lie in `abandoned`, in order, while
+    the `incidents` found on them stand among the others."""
 
     name: str
     records: list[LogRecord] = field(default_factory=list)
     heldout: list[tuple[int, float]] = field(default_factory=list)
+    readings: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     scales: list[tuple[int, float]] = field(default_factory=list)
+    incidents: list[dict[str, Any]] = field(default_factory=list)
     interventions: list[dict[str, Any]] = field(default_factory=list)
+    abandoned: list[list[LogRecord]] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)
     ending: str = ""
 
     @property
@@ -62,12 +80,9 @@ def read_log(path: str | Path) -> RunLog:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no log {path}.", "Give a run folder, metrics.jsonl, trainer_state.json, CSV or log.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file (byte {error.start}).", "Give the log itself.") from None
+    text = _text_of(path)
     if path.suffix == ".jsonl":
-        log = _from_metrics(path)
+        log = read_metrics_log(path)
     elif path.suffix == ".csv":
         log = _from_csv(path)
     elif path.suffix == ".json":
@@ -82,27 +97,81 @@ def read_log(path: str | Path) -> RunLog:
     return log
 
 
-def _from_metrics(path: Path) -> RunLog:
+def _text_of(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # A line being written may end inside a character.
+        if error.start < len(content) - 3:
+            raise UserError(f"{path} is not a text file (byte {error.start}).", "Give the log itself.") from None
+        return content[: error.start].decode("utf-8")
+
+
+def own_and_abandoned(lines: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Lines of a metrics file apart: the run's own course, and the readings of every attempt it went back from.
+
+    An intervention goes back to its `step`: readings (steps and held-out) beyond it that stand before it are of the
+    abandoned attempt, not of the run. What was found on them, incidents, stays: it is why the run went back.
+    """
+    own: list[dict[str, Any]] = []
+    attempts: list[list[dict[str, Any]]] = []
+    for line in lines:
+        if line.get("event") == "intervention":
+            left = [read.get("event") in ("step", "heldout") and read["step"] > line["step"] for read in own]
+            attempts.append([read for read, is_left in zip(own, left, strict=True) if is_left])
+            own = [read for read, is_left in zip(own, left, strict=True) if not is_left]
+        own.append(line)
+    return own, attempts
+
+
+def read_metrics_log(path: Path) -> RunLog:
+    """A stage's `metrics.jsonl`, whole or still being written, empty where nothing was logged yet."""
+    own, attempts = own_and_abandoned(line for line in read_metrics(path) if isinstance(line, dict))
     log = RunLog(path.parent.name or path.name)
-    for line in read_metrics(path):
-        event = line.get("event")
-        if event == "step":
-            log.records.append(
-                LogRecord(
-                    line["step"], line["loss"], line["lr"], line["grad_norm"], line["loss_scale"], line["skipped"]
-                )
-            )
-            if line["skipped"]:
-                log.scales.append((line["step"], line["loss_scale"]))
-        elif event == "heldout":
-            reading = line.get("new") or line.get("old")
-            if reading:
-                log.heldout.append((line["step"], reading["loss_per_answer_token"]))
-        elif event == "intervention":
-            log.interventions.append(line)
-        elif event == "stopped":
-            log.ending = line["text"]
+    try:
+        log.abandoned = [[_record(line) for line in lines if line["event"] == "step"] for lines in attempts]
+        for line in own:
+            _add_line(log, line)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no metrics.jsonl of graftlm: {error!r}.", "Give the file as it was.") from None
     return log
+
+
+def _add_line(log: RunLog, line: dict[str, Any]) -> None:
+    event = line.get("event")
+    if event == "step":
+        log.records.append(_record(line))
+        log.ending = ""  # it went on
+        if line["skipped"]:
+            log.scales.append((line["step"], line["loss_scale"]))
+    elif event == "heldout":
+        for language, reading in line.items():
+            if isinstance(reading, dict):
+                log.readings.setdefault(language, []).append((line["step"], reading["loss_per_answer_token"]))
+        judged = line.get("new") or line.get("old")
+        if judged:
+            log.heldout.append((line["step"], judged["loss_per_answer_token"]))
+    elif event == "incident":
+        log.incidents.append(line)
+    elif event == "intervention":
+        log.interventions.append(line)
+    elif event == "note":
+        log.notes.append((line["step"], line["text"]))
+    elif event == "stopped":
+        log.ending = line["text"]
+    elif event is None and "step" in line:
+        _add_hf_line(log, line, int(line["step"]))
+
+
+_BY_ROLE = ("grad_norms", "update_rms", "weight_rms", "zero_gradient_share")
+
+
+def _record(line: dict[str, Any]) -> LogRecord:
+    by_role = {key: line[key] for key in _BY_ROLE if key in line}
+    return LogRecord(
+        line["step"], line["loss"], line["lr"], line["grad_norm"], line["loss_scale"], line["skipped"], by_role
+    )
 
 
 def _from_csv(path: Path) -> RunLog:
@@ -172,7 +241,9 @@ def _from_console(name: str, text: str) -> RunLog:
             log.scales.append((step, float(overflow[2] or overflow[1])))
         for found in losses:
             _add_hf_line(log, _literal(found), step)
-        if _FLOOR in line:
+        if losses:
+            log.ending = ""  # it went on
+        if _FLOOR in line or _ERROR.match(line):
             log.ending = line.strip()
     return log
 
@@ -187,4 +258,4 @@ def _literal(text: str) -> dict[str, Any]:
 
 def finite_losses(records: Iterable[LogRecord]) -> Iterator[tuple[int, float]]:
     """(step, loss) of every record that has a finite loss."""
-    return ((r.step, r.loss) for r in records if r.loss is not None and math.isfinite(r.loss))
+    return ((r.step, r.loss) for r in records if r.loss is not None and not r.is_bad)
