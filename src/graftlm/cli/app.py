@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from graftlm.cli import data, machine, release, road, talk, tokenizer
+from graftlm.cli import data, machine, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -49,6 +49,7 @@ app.command("export")(release.export)
 app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("eval")(talk.eval_verb)
+app.command("serve")(serve.serve)
 app.command("doctor")(machine.doctor)
 
 

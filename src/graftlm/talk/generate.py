@@ -117,10 +117,9 @@ class Chatbot:
         self.template = template
         self.device = head_weight(model).device
         self.context_tokens: int = model.config.max_position_embeddings
-        self.stop_ids = frozenset({tokenizer.eos_id, *_answer_ends(tokenizer, template)})
-        # Rows beyond the tokenizer are padding that no training ever moved; they win a soft-max all the same.
-        padding = range(tokenizer.num_pieces, len(head_weight(model)))
-        self.forbidden_ids = torch.tensor([*sorted(tokenizer.special_ids - self.stop_ids), *padding]).to(self.device)
+        self.stop_ids = stop_ids_of(tokenizer, template)
+        forbidden = forbidden_ids_of(tokenizer, template, len(head_weight(model)))
+        self.forbidden_ids = torch.tensor(forbidden, dtype=torch.long, device=self.device)
 
     def prompt(self, conversation: Conversation, sampling: Sampling) -> Prompt:
         """Render for a reply; while it does not fit the context, the oldest turn goes, whole.
@@ -241,18 +240,27 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     A base without a template gets the card's, and that is told. Raises UserError on anything amiss, a tokenizer
     with more ids than the model has rows before any weight is read.
     """
-    folder = find_model(model_of_run(path_or_hub_id))
-    tokenizer = load_tokenizer(folder)
-    check_ids(empty_causal(folder), tokenizer.num_pieces)
-    if template is None and not tokenizer.chat_template:
-        say(f"{folder} carries no chat template: the card's is used.")
-    chosen = find_template(template or ("tokenizer" if tokenizer.chat_template else CARD.name), tokenizer)
+    folder, tokenizer, chosen = find_speaker(path_or_hub_id, template)
     on = pick_device(device)
     dtype = torch.float32
     if on.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     model: Any = load_causal(folder, dtype)
     return Chatbot(model.to(on), tokenizer, chosen)
+
+
+def find_speaker(path_or_hub_id: str | Path, template: str | None = None) -> tuple[Path, Tokenizer, Template]:
+    """Folder, tokenizer and template of what `load_chatbot` would load, no weight read. Raises UserError as it does."""
+    folder = find_model(model_of_run(path_or_hub_id))
+    tokenizer = load_tokenizer(folder)
+    check_ids(empty_causal(folder), tokenizer.num_pieces)
+    if template is None and not tokenizer.chat_template:
+        say(f"{folder} carries no chat template: the card's is used.")
+    return (
+        folder,
+        tokenizer,
+        find_template(template or ("tokenizer" if tokenizer.chat_template else CARD.name), tokenizer),
+    )
 
 
 def model_of_run(path: str | Path) -> str | Path:
@@ -275,11 +283,20 @@ def model_of_run(path: str | Path) -> str | Path:
     return path
 
 
-def _answer_ends(tokenizer: Tokenizer, template: Template) -> set[int]:
-    """The control token the template puts behind an answer; not every chat format ends a turn with eos."""
+def stop_ids_of(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
+    """The tokens that end an answer: eos, and what the template puts behind one; not every chat format takes eos."""
     rendered = render(Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer, template)
     targets = [token_id for token_id, is_target in zip(rendered.ids, rendered.is_target, strict=True) if is_target]
-    return set(targets[-1:]) & tokenizer.special_ids
+    return frozenset({tokenizer.eos_id, *(set(targets[-1:]) & tokenizer.special_ids)})
+
+
+def forbidden_ids_of(tokenizer: Tokenizer, template: Template, num_rows: int) -> list[int]:
+    """The ids no answer may hold: control tokens that end none, and the head's rows beyond the tokenizer.
+
+    Those are padding that no training ever moved; they win a soft-max all the same.
+    """
+    control = sorted(tokenizer.special_ids - stop_ids_of(tokenizer, template))
+    return [*control, *range(tokenizer.num_pieces, num_rows)]
 
 
 def _without_oldest_turn(conversation: Conversation) -> Conversation | None:
