@@ -1,6 +1,7 @@
 """Curves alone tell a storm, a ratchet, a crash and a rise of the loss, and say nothing of healthy runs."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,13 @@ def test_over_fitting_nobody_noticed_is_noted() -> None:
     assert verdict == "healthy"
 
 
-def test_a_storm_is_named_with_its_first_step() -> None:
+@pytest.mark.parametrize(("first", "verdict"), [(366, "crashed"), (210, "recovered")])
+def test_a_storm_is_named_with_its_first_step_and_is_the_end_if_nothing_follows(first: int, verdict: str) -> None:
     log = healthy()
-    log.scales += [(step, 1.0) for step in range(210, 245)]
-    findings, verdict = diagnose_curves(log)
+    log.scales += [(step, 1.0) for step in range(first, first + 35)]
+    findings, found = diagnose_curves(log)
     storm = next(f for f in findings if f.cause == "overflow-storm")
-    assert (storm.step, verdict) == (210, "crashed")
+    assert (storm.step, found) == (first, verdict)
 
 
 def test_a_ratchet_is_a_scale_that_never_rises_again() -> None:
@@ -82,6 +84,43 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step() -> None:
     log.records[250] = LogRecord(251, math.nan)
     findings, _ = diagnose_curves(log)
     assert [(f.cause, f.step, f.severity) for f in findings] == [("loss-not-finite", 251, "warning")]
+
+
+def test_the_zero_that_hides_a_loss_is_seen_through() -> None:
+    log = healthy()
+    log.records += [LogRecord(400 + k, 0.0, grad_norm=math.nan) for k in range(1, 30)]
+    findings, verdict = diagnose_curves(log)
+    assert [(f.cause, f.step, f.severity) for f in findings] == [("loss-not-finite", 401, "fatal")]
+    assert verdict == "damaged"
+
+
+def test_a_rise_of_harder_rows_is_no_alarm_where_held_out_loss_fell_all_the_same() -> None:
+    log = healthy()
+    log.records = [replace(r, loss=(r.loss or 0) + (1.0 if 300 < r.step < 340 else 0.0)) for r in log.records]
+    assert diagnose_curves(log)[1] == "recovered"
+    log.heldout = [(0, 9.0), (290, 2.2), (400, 2.1)]
+    findings, verdict = diagnose_curves(log)
+    assert ([f.severity for f in findings if f.cause == "loss-rose"], verdict) == (["note"], "healthy")
+    log.heldout = [(0, 9.0), (290, 2.2), (400, 2.3)]
+    assert diagnose_curves(log)[1] == "recovered"
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("Exception: Current loss scale already at minimum - cannot decrease scale anymore.", "scale-at-floor"),
+        ("ValueError: Attempting to unscale FP16 gradients.", "no-fp32-master"),
+        ("torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", "out-of-memory"),
+        ("full, step 7: 3 steps in a row were not finite, and no loss scale helps.", "not-finite"),
+        ("KeyError: 'instruction'", "stopped"),
+    ],
+)
+def test_last_words_are_understood(said: str, cause: str) -> None:
+    log = healthy()
+    log.ending = said
+    findings, verdict = diagnose_curves(log)
+    assert [(f.cause, f.evidence, f.severity) for f in findings] == [(cause, said, "fatal")]
+    assert verdict == "crashed"
 
 
 def test_a_run_that_ended_by_itself_crashed() -> None:

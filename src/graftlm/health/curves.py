@@ -11,6 +11,7 @@ overflows came in a row, and a scale that fell from 65,536 to 1 in 41 steps came
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -50,15 +51,27 @@ def smoothed(log: RunLog) -> list[tuple[int, float]]:
     ]
 
 
+# How a run's last words read, what they mean, where, and what to do.
+_ENDINGS = (
+    (r"already at minimum|the floor", "scale-at-floor", "loss scale",
+     "Roll back to the last good state and lower peak_lr (0.3 of it), or train in bf16 where there is hardware."),
+    (r"unscale FP16 gradients", "no-fp32-master", "trained weights",
+     "Train fp32 masters: load the weights in fp32 and let mixed precision choose the products' dtype."),
+    (r"out of memory|OutOfMemory", "out-of-memory", "device",
+     "Its numbers are not to blame: take smaller micro-batches, or compute activations twice."),
+    (r"not finite|loss rose|[Oo]verflow|\bnan\b|NaN", "not-finite", "training",
+     "Roll back to the last good state and lower peak_lr (0.3 of it)."),
+)  # fmt: skip
+
+
 def _crash(log: RunLog) -> list[Finding]:
     if not log.ending:
         return []
-    return [
-        Finding(
-            "scale-at-floor" if "scale" in log.ending else "stopped", "fatal", "loss scale", log.last_step, log.ending,
-            "Roll back to the last good state and lower peak_lr (0.3 of it), or train in bf16 where there is hardware.",
-        )
-    ]  # fmt: skip
+    for pattern, cause, where, cure in _ENDINGS:
+        if re.search(pattern, log.ending):
+            return [Finding(cause, "fatal", where, log.last_step, log.ending, cure)]
+    cure = "Read the error itself: the numbers before it do not explain it."
+    return [Finding("stopped", "fatal", "training", log.last_step, log.ending, cure)]
 
 
 def _runs_of_overflows(log: RunLog) -> list[tuple[int, int]]:
@@ -74,10 +87,11 @@ def _runs_of_overflows(log: RunLog) -> list[tuple[int, int]]:
 
 
 def _storms(log: RunLog) -> list[Finding]:
+    """Long runs of skipped steps: the end of the log, or an hour lost where training went on behind one."""
     return [
         Finding(
-            "overflow-storm", "fatal", "gradients", first,
-            f"{length} steps in a row overflowed, from step {first} on; none of them touched a weight.",
+            "overflow-storm", "warning" if log.last_step >= first + length + STORM_STEPS else "fatal", "gradients",
+            first, f"{length} steps in a row overflowed, from step {first} on; none of them touched a weight.",
             "No scale helps when the forward pass itself overflows: roll back and lower peak_lr; see where with "
             "graftlm autopsy on the run's own folder.",
         )
@@ -109,13 +123,15 @@ def _ratchet(log: RunLog) -> list[Finding]:
 
 
 def _not_finite(log: RunLog) -> list[Finding]:
-    bad = [r.step for r in log.records if r.loss is not None and not math.isfinite(r.loss)]
+    bad = [r for r in log.records if r.is_bad]
     if not bad:
         return []
+    is_skipped = all(r.skipped for r in bad)
     return [
         Finding(
-            "loss-not-finite", "fatal" if len(bad) > 1 else "warning", "forward pass", bad[0],
-            f"The loss itself was not finite at {len(bad)} of the steps logged, first at step {bad[0]}.",
+            "loss-not-finite", "fatal" if len(bad) > 1 and not is_skipped else "warning", "forward pass", bad[0].step,
+            f"The loss itself was not finite at {len(bad)} of the steps logged, first at step {bad[0].step}"
+            f"{'; all of them were skipped' if is_skipped else ''}.",
             "A loss scale cannot help a forward pass: look at the weights before that step (autopsy), lower peak_lr, "
             "or use bf16 or fp32.",
         )
@@ -138,21 +154,31 @@ def _rise(log: RunLog) -> list[Finding]:
         return []
     rise, step, was, since = worst
     came_back = not is_far_above(curve[-1][1], best, first)
+    is_harmless = _improved_behind(log, step)
     return [
         Finding(
-            "loss-rose", "warning" if came_back else "fatal", "training loss", step,
+            "loss-rose", "note" if is_harmless else "warning" if came_back else "fatal", "training loss", step,
             f"The smoothed loss rose by {rise:.2f} nats above its best ({was:.2f} at step {since}) and "
-            f"{'came back' if came_back else f'ended at {curve[-1][1]:.2f}'}.",
+            f"{'came back' if came_back else f'ended at {curve[-1][1]:.2f}'}"
+            f"{'; held-out loss fell all the same: those rows were harder' if is_harmless else ''}.",
             "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA alpha/rank counts as the rate does.",
         )
     ]  # fmt: skip
 
 
+def _improved_behind(log: RunLog, step: int) -> bool:
+    """Whether held-out loss is better at the end than ever before `step`: no damage was done there."""
+    before = [loss for at, loss in log.heldout if at < step]
+    after = [loss for at, loss in log.heldout if at >= step]
+    return bool(before and after) and after[-1] <= min(before)
+
+
 def _over_fitted(log: RunLog) -> list[Finding]:
-    if len(log.heldout) < 3:
+    readings = [(step, loss) for step, loss in log.heldout if math.isfinite(loss)]
+    if len(readings) < 3:
         return []
-    best_step, best = min(log.heldout, key=lambda reading: reading[1])
-    last_step, last = log.heldout[-1]
+    best_step, best = min(readings, key=lambda reading: reading[1])
+    last_step, last = readings[-1]
     if last < best * 1.02:
         return []
     return [

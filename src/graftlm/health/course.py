@@ -1,0 +1,182 @@
+"""The course of one stage: its curves, its incidents and its pre-flight put together into findings and a verdict.
+
+Owns how many signs of one fault become one finding, which of them tells most, and what the stage amounts to. Pure: what
+a token or row is called, and what the recipe asked, is handed in by `autopsy.py`, which reads the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from graftlm.health.cures import RATE_CUT, START, Asked, recipe_lines
+from graftlm.health.curves import diagnose_curves
+from graftlm.health.finding import Finding, Verdict
+from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.logs import RunLog
+
+State = Literal["finished", "stopped", "unfinished", "log"]
+SEVERITIES = ("fatal", "warning", "note")
+VERDICTS: tuple[Verdict, ...] = ("healthy", "recovered", "damaged", "diverged", "crashed")
+# What curves show of a fault that a replay has named: part of its evidence, no finding of its own.
+_SHOWN_BY_INCIDENTS = frozenset({"loss-not-finite", "overflow-storm", "ratchet", "scale-at-floor", "not-finite"})
+_ROWS_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A finding, the stage it is of, how often and until when it was seen, and the recipe's lines that cure it."""
+
+    finding: Finding
+    stage: str
+    count: int = 1
+    last_step: int | None = None
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What ids are called: the text of a token, and the "file:line" of a row; "" where nobody knows."""
+
+    token: Callable[[int], str] = lambda _: ""
+    row: Callable[[int], str] = lambda _: ""
+
+
+@dataclass(slots=True)
+class Course:
+    """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known."""
+
+    name: str
+    log: RunLog
+    state: State = "log"
+    preflight: list[Finding] = field(default_factory=list)
+    look: Mapping[str, Any] = field(default_factory=dict)
+    asked: Asked | None = None
+    verdict: Verdict = "healthy"
+    diagnoses: list[Diagnosis] = field(default_factory=list)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether pre-flight stopped it before its first step."""
+        refused = any(finding.severity == "fatal" for finding in self.preflight)
+        return refused and self.state != "finished" and not self.log.records
+
+
+def diagnose_course(course: Course, names: Names | None = None) -> None:
+    """Fill in the course's diagnoses, in the order of their steps, and its verdict."""
+    shown, verdict = diagnose_curves(course.log)
+    incidents = [_incident(line) for line in course.log.incidents]
+    if any(finding_of(incident).severity != "note" for incident in incidents) and verdict == "healthy":
+        verdict = "recovered"  # every such step was skipped or gone back from
+    if course.state == "finished" and verdict == "crashed":
+        verdict = "recovered"  # it looked like an end, and went on to its own
+    course.verdict = "crashed" if course.is_refused else verdict
+    if course.verdict not in ("healthy", "recovered"):
+        shown = [finding for finding in shown if finding.cause != "over-fitted"]  # far more than that
+    found = [_diagnosis(finding, course) for finding in [*course.preflight, *shown]]
+    found = _without_shown(found, _grouped(incidents, course, names or Names()), course)
+    if course.verdict in ("healthy", "recovered"):
+        found = [replace(told, finding=_no_longer_fatal(told.finding)) for told in found]
+    course.diagnoses = sorted(found, key=lambda told: told.finding.step or 0)
+
+
+def _incident(line: Mapping[str, Any]) -> Incident:
+    """An incident as it was written; what another version wrote besides is passed over."""
+    known = {f.name for f in fields(Incident)}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line.items() if k in known}
+    return Incident(**values)
+
+
+def _rate_factor(course: Course) -> float:
+    """What of the recipe's rates a new run should take: what the run came through with, else one cut more."""
+    taken = course.log.interventions[-1].get("rate_factor", 1.0) if course.log.interventions else 1.0
+    return taken if taken < 1 and course.verdict == "recovered" else taken * RATE_CUT
+
+
+def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
+    if course.asked is None:
+        return Diagnosis(finding, course.name, last_step=finding.step)
+    if role != START and (len(course.log.interventions) > 1 or (course.log.interventions and course.log.ending)):
+        role = ""  # rollbacks cut all rates, and one cut was not enough
+    lines = recipe_lines(
+        finding.cause, course.asked, where=finding.where, role=role, factor=_rate_factor(course),
+        lora_factor=course.look.get("lora_factor"),
+    )  # fmt: skip
+    return Diagnosis(finding, course.name, last_step=finding.step, lines=lines)
+
+
+def _grouped(incidents: Sequence[Incident], course: Course, names: Names) -> list[Diagnosis]:
+    """One diagnosis a class of incidents, told by the one that tells most."""
+    by_cause: dict[str, list[Incident]] = {}
+    for incident in incidents:
+        by_cause.setdefault(incident.cause, []).append(incident)
+    return [_of_one_cause(alike, course, names) for alike in by_cause.values()]
+
+
+def _of_one_cause(alike: Sequence[Incident], course: Course, names: Names) -> Diagnosis:
+    telling = max(alike, key=lambda one: (bool(one.culprits), _has_some_bad_rows(one), one.row_id >= 0))
+    finding = finding_of(telling, names.token(telling.token_id) if telling.token_id >= 0 else "")
+    first, last = min(one.step for one in alike), max(one.step for one in alike)
+    told = [finding.evidence, _sources(telling, names) if telling.cause in HOPELESS else ""]
+    if len(alike) > 1:
+        at = (
+            f" at step {first}"
+            if first == last
+            else f", from step {first} to step {last}; told as of step {telling.step}"
+        )
+        told.append(f"Seen {len(alike)} times{at}.")
+    finding = replace(finding, step=first, evidence=" ".join(filter(None, told)))
+    return replace(_diagnosis(finding, course, _blamed(telling)), count=len(alike), last_step=last)
+
+
+def _has_some_bad_rows(incident: Incident) -> bool:
+    return 0 < len(incident.bad_rows) < incident.num_rows
+
+
+def _blamed(incident: Incident) -> str:
+    """Whom a line of the recipe should reach: the first culprit, or the start of new rows, or "" for all."""
+    if incident.culprits:
+        return incident.culprits[0]
+    is_from_start = bool(incident.bad_from_start) or _has_some_bad_rows(incident)
+    return START if is_from_start and incident.cause in HOPELESS else ""
+
+
+def _sources(incident: Incident, names: Names) -> str:
+    """Where the rows named stand in the files they came from."""
+    ids = incident.bad_rows[:_ROWS_NAMED] if _has_some_bad_rows(incident) else (incident.row_id,)
+    places = [(row_id, names.row(row_id)) for row_id in ids if row_id >= 0]
+    known = [f"row {row_id} is {place}" for row_id, place in places if place]
+    return f"{'; '.join(known).capitalize()}." if known else ""
+
+
+def _without_shown(found: Sequence[Diagnosis], incidents: Sequence[Diagnosis], course: Course) -> list[Diagnosis]:
+    """Curves' findings that an incident explains become part of that incident's evidence; how it ended comes last."""
+    by_cause = {told.finding.cause: told for told in incidents}
+    grave = [told.finding.cause for told in incidents if told.finding.severity == "fatal"]
+    last = course.log.incidents[-1]["cause"] if course.log.incidents else ""
+    kept = []
+    for told in sorted(found, key=lambda told: told.finding.evidence == course.log.ending):
+        cause, evidence = told.finding.cause, told.finding.evidence
+        owner = cause if cause in by_cause else ""
+        if not owner and cause in _SHOWN_BY_INCIDENTS and grave:
+            owner = last if last in grave else grave[0]
+        if not owner:
+            kept.append(told)
+            continue
+        if evidence == course.log.ending:
+            evidence = f"It ended the run at step {told.finding.step}{_after_rollbacks(course)}."
+        known = by_cause[owner]
+        by_cause[owner] = replace(
+            known, finding=replace(known.finding, evidence=f"{known.finding.evidence} {evidence}")
+        )
+    return [*kept, *by_cause.values()]
+
+
+def _after_rollbacks(course: Course) -> str:
+    num = len(course.log.interventions)
+    return f", after {num} rollback{'s' if num > 1 else ''}" if num else ""
+
+
+def _no_longer_fatal(finding: Finding) -> Finding:
+    return replace(finding, severity="warning") if finding.severity == "fatal" else finding

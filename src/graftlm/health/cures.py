@@ -1,0 +1,85 @@
+"""From a finding to lines of the run's own recipe, ready to be typed behind `graftlm run RECIPE`.
+
+Owns which cause has which knob, and the new value, computed from what the run had. A cause that no knob cures has no
+line: its cure is told in words alone. Does not judge and reads no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RATE_CUT = 0.3  # the cut that was measured to work; training/recovery.py makes the same
+EPS_IN_16_BITS = 1e-6
+REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
+
+# Roles of `groups`; "new-rows-start" stands for how rows of new pieces start.
+START = "new-rows-start"
+_BY_RATE = frozenset(
+    {
+        "weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow", "loss-rose",
+        "overflow-storm", "ratchet", "scale-at-floor", "not-finite", "loss-not-finite",
+    }
+)  # fmt: skip
+_BY_START = frozenset({"tiny-new-rows", "huge-new-rows", "not-finite-at-start", "first-loss-high"})
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a stage was asked: its section of the recipe, the keys that lead there, and how new rows started."""
+
+    keys: str
+    stage: Mapping[str, Any] = field(default_factory=dict)
+    grow: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_lines(
+    cause: str,
+    asked: Asked,
+    *,
+    where: str = "",
+    role: str = "",
+    factor: float = RATE_CUT,
+    lora_factor: float | None = None,
+) -> tuple[str, ...]:
+    """`key=value` lines that cure `cause`, none where no knob does.
+
+    `role` is who is to blame (a role of `groups`, or START), "" for everybody; `factor` is what becomes of a learning
+    rate; `lora_factor` what the adapter was multiplied by.
+    """
+    if role == START or cause in _BY_START:
+        return _starts(asked, where)
+    if cause in _BY_RATE:
+        return _rates(asked, role, factor)
+    if cause == "adapter-push-high" and lora_factor:
+        return (f"{asked.keys}.groups.adapter.peak_lr={REFERENCE_PUSH / lora_factor:.3g}",)
+    if cause == "no-forward-headroom":
+        return (f"{asked.keys}.precision=fp32",)
+    if cause == "eps-underflow":
+        return (f"{asked.keys}.eps={EPS_IN_16_BITS:g}",)
+    if cause == "over-fitted" and asked.stage.get("keep") == "last":
+        return (f"{asked.keys}.keep=best",)
+    return ()
+
+
+def _rates(asked: Asked, role: str, factor: float) -> tuple[str, ...]:
+    rate = asked.stage.get("peak_lr")
+    own = {name: group.get("peak_lr") for name, group in (asked.stage.get("groups") or {}).items()}
+    if not isinstance(rate, int | float):
+        return ()
+    if role:
+        return (f"{asked.keys}.groups.{role}.peak_lr={(own.get(role) or rate) * factor:.3g}",)
+    lines = [f"{asked.keys}.peak_lr={rate * factor:.3g}"]
+    lines += [f"{asked.keys}.groups.{name}.peak_lr={lr * factor:.3g}" for name, lr in own.items() if lr]
+    return tuple(lines)
+
+
+def _starts(asked: Asked, where: str) -> tuple[str, ...]:
+    """Another start for the new rows of the matrix named, or of both."""
+    matrices = [name for name in ("embedding", "head") if name in where] or ["embedding", "head"]
+    return tuple(f"grow.{name}={_other_start(asked.grow.get(name))}" for name in matrices if name in asked.grow)
+
+
+def _other_start(had: Any) -> str:
+    return "subpiece-mean-norm" if had == "subpiece-mean" else "subpiece-mean"
