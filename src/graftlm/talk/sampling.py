@@ -63,6 +63,7 @@ class Draw:
         return torch.rand(1, generator=self._generator, dtype=torch.float64)
 
 
+@torch.inference_mode()
 def draw_ids(logits_BV: torch.Tensor, draws: Sequence[Draw], answers: Sequence[Sequence[int]]) -> list[int]:
     """One id for each of B rows, each drawn its own way; `answers` holds the tokens each has said so far."""
     logits_BV = logits_BV.float()
