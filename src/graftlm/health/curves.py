@@ -139,16 +139,18 @@ def _not_finite(log: RunLog) -> list[Finding]:
 
 
 def _rise(log: RunLog) -> list[Finding]:
-    """Loss far above its best, after the median is full: damage that need not crash."""
-    curve = smoothed(log)[WINDOW - 1 :]
-    if len(curve) < 2:
+    """Loss far above its best, once the median is of ten readings: damage that need not crash."""
+    curve = smoothed(log)
+    if len(curve) < WINDOW:
         return []
     first, (best_step, best) = curve[0][1], curve[0]
     worst: tuple[float, int, float, int] | None = None
-    for step, loss in curve:
+    for place, (step, loss) in enumerate(curve):
         if loss < best:
             best_step, best = step, loss
-        if is_far_above(loss, best, first) and (worst is None or loss - best > worst[0]):
+        # The best may be the very first loss: a rate far too high does its damage in the first steps.
+        is_full = place >= WINDOW - 1
+        if is_full and is_far_above(loss, best, first) and (worst is None or loss - best > worst[0]):
             worst = (loss - best, step, best, best_step)
     if worst is None:
         return []

@@ -55,8 +55,9 @@ class Incident:
     """One replayed step. `step` counts from 1; ids are -1 where there is no such place.
 
     `module` is the first with a non-finite tensor in time order; `culprits` are the roles (adapter, new_rows,
-    old_rows, body) each of which alone, put back to its last good state, makes the step finite; `bad_rows` are ids of
-    rows that are not finite by themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose.
+    old_rows, body) each of which alone, put back to its last good state, cures the step: what was learned is to blame.
+    `bad_from_start` are roles cured only by a neutral start. `bad_rows` are ids of rows that are not finite by
+    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose.
     """
 
     step: int
@@ -69,6 +70,7 @@ class Incident:
     is_new_token: bool = False
     is_answer: bool = False
     culprits: tuple[str, ...] = ()
+    bad_from_start: tuple[str, ...] = ()
     bad_rows: tuple[int, ...] = ()
     num_rows: int = 0
     bad_weight: str = ""
@@ -101,7 +103,7 @@ _EVIDENCE: dict[Class, str] = {
     "forward-overflow": "The forward pass leaves the range of 16 bits first in {module}; in fp32 it is finite.",
     "backward-overflow": "The backward pass is not finite even at loss scale 1, first in {module}.",
     "scale-too-high": "Finite at loss scale 1: only the scale ({loss_scale:g}) was too high. The step was skipped.",
-    "loss-rose": "The smoothed loss rose to {loss:.2f} nats, far above its best of {best:.2f}.",
+    "loss-rose": "The loss rose to {loss:.2f} nats a token from a best of {best:.2f}.",
     "not-reproduced": "The same batch gave finite gradients when replayed: nothing in rows or weights explains it.",
 }
 _ROLE_KEYS = {
@@ -135,11 +137,14 @@ def _place(incident: Incident, token: str) -> str:
 
 
 def _blame(incident: Incident) -> str:
-    if not incident.culprits:
-        return ""
-    roles = " or ".join(_ROLE_KEYS[role] for role in incident.culprits)
     undone = "undoes most of it" if incident.cause == "loss-rose" else "makes the step finite"
-    return f"Putting back {roles} alone {undone}."
+    if incident.culprits:
+        roles = " or ".join(_ROLE_KEYS[role] for role in incident.culprits)
+        return f"Putting {roles} alone back to the last good state {undone}."
+    if incident.bad_from_start:
+        roles = " or ".join(_ROLE_KEYS[role] for role in incident.bad_from_start)
+        return f"Starting {roles} anew {undone}; the last good state does not."
+    return ""
 
 
 def _rows(incident: Incident) -> str:
@@ -156,8 +161,10 @@ def _cure(incident: Incident) -> str:
         return "Watch whether it comes again; if it does, suspect the device (memory errors)."
     if incident.cause == "empty-labels":
         return "Look at the rows with graftlm data FILE --show 5: empty answers, or a template without them."
-    if _is_from_rows(incident):
-        return "Drop or mend the rows named, or start their pieces' rows anew (grow.embedding: subpiece-mean)."
+    if not incident.culprits and 0 < len(incident.bad_rows) < incident.num_rows:
+        return "Drop or mend the rows named, or start the rows of their pieces anew (grow.embedding: subpiece-mean)."
+    if incident.bad_from_start and not incident.culprits:
+        return "They were bad before this stage learned anything: choose another grow.embedding and grow.head."
     if incident.cause == "weights-not-finite":
         return "Take the weights before it (roll back, or another copy of the base) and lower peak_lr to 0.3 of it."
     rate = {
@@ -170,8 +177,3 @@ def _cure(incident: Incident) -> str:
     if incident.cause == "forward-overflow":
         return f"{first} from the last good state on; bf16 or fp32 have the range, but not the cure if loss climbs."
     return f"{first} from the last good state on."
-
-
-def _is_from_rows(incident: Incident) -> bool:
-    """Whether only some rows of the step are bad: then what those rows hold is to blame, not the step as a whole."""
-    return 0 < len(incident.bad_rows) < incident.num_rows and incident.cause == "forward-not-finite"

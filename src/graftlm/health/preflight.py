@@ -67,6 +67,7 @@ class Look:
     first_bad: BadTensor | None
     num_targets: int
     num_tokens: int
+    num_rows: int
     bad_row_id: int
     is_dialogue: bool
     ends_right: bool
@@ -101,7 +102,7 @@ def _rows_of_data(look: Look) -> list[Finding]:
         ]  # fmt: skip
     if not look.is_dialogue:
         return []
-    if look.num_targets >= 0.98 * look.num_tokens:
+    if look.num_targets >= 0.98 * (look.num_tokens - look.num_rows):  # a row's first token is never a label
         return [
             Finding("prompt-is-scored", "warning", "data.template", None,
                     f"{look.num_targets} of the first step's {look.num_tokens} tokens are labels: prompts too.",

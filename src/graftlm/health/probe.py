@@ -79,8 +79,10 @@ def watching(model: nn.Module) -> Iterator[Probe]:
 
 
 def plain_name(name: str) -> str:
-    """A module's or parameter's name as the plain model has it: without PEFT's wrapping."""
+    """A module's or parameter's name as the plain model has it: without the wrapping of PEFT and of split rows."""
     name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    for part, rows in (("original0", "old rows"), ("original1", "new rows")):
+        name = name.replace(f".parametrizations.weight.{part}", f".weight ({rows})")
     return name.replace(".lora_A.default", ".lora_A").replace(".lora_B.default", ".lora_B")
 
 

@@ -25,10 +25,11 @@ CLEAR_SHARE = 0.5  # of the rise that putting a role back must undo to be blamed
 
 @dataclass(frozen=True, slots=True)
 class PutBack:
-    """Parameters of one role by name, and other weights for them."""
+    """Parameters of one role by name, and other weights for them: their last good ones, or a neutral start."""
 
     parameters: Mapping[str, Parameter]
     weights: Mapping[str, Tensor]
+    is_last_good: bool
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -58,15 +59,14 @@ def roles_put_back(model: Any, last_good: Mapping[str, Tensor] | None) -> Iterat
             continue
         ways = []
         if last_good is not None and learning.keys() <= last_good.keys():
-            ways.append(PutBack(learning, {name: last_good[name] for name in learning}))
+            ways.append(PutBack(learning, {name: last_good[name] for name in learning}, True))
         if role == "adapter":
-            ways.append(PutBack(learning, {name: torch.zeros_like(p) for name, p in learning.items()}))
+            ways.append(PutBack(learning, {name: torch.zeros_like(p) for name, p in learning.items()}, False))
         elif role == "new_rows":
             # Embedding and head have rows of one length; old and new parts of each come in the same order.
             means = [p.detach().mean(0) for _, p in roles["old_rows"]]
-            ways.append(
-                PutBack(learning, {n: m.expand_as(p) for (n, p), m in zip(learning.items(), means, strict=True)})
-            )
+            start = {name: mean.expand_as(p) for (name, p), mean in zip(learning.items(), means, strict=True)}
+            ways.append(PutBack(learning, start, False))
         yield role, ways
 
 
@@ -86,11 +86,10 @@ def blame_for_rise(
     now = loss()
     found = []
     for role, ways in roles_put_back(model, last_good):
-        for way in ways:
+        for way in (way for way in ways if way.is_last_good):
             with way.held():
                 undone = now - loss()
             if undone >= CLEAR_SHARE * max(now - best, 0.0):
                 found.append(role)
-                break
     model.train(was_training)
     return tuple(found)

@@ -52,8 +52,13 @@ class HeldoutWatch:
         limit = self.stage.early_stop_after
         return limit is not None and self.readings_since_best >= limit
 
-    def read(self, step: int, model: Any, precision: Precision, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """Read the held-out loss after `step` steps and note it; what `weights` returns is kept when it is the best."""
+    def read(
+        self, step: int, model: Any, precision: Precision, weights: Callable[[], dict[str, torch.Tensor]]
+    ) -> float | None:
+        """Read the held-out loss after `step` steps and note it; what `weights` returns is kept when it is the best.
+
+        Returns nats per answer token in the language judged by, None without held-out rows.
+        """
         readings = {}
         for language, rows in self.heldout.items():
             losses = heldout_losses(model, rows, precision, self.stage.micro_batch_tokens, f"held-out {language}")
@@ -64,15 +69,16 @@ class HeldoutWatch:
             }
         self.metrics.append("heldout", step=step, **readings)
         if not readings:
-            return
+            return None
         judged = readings.get("new") or next(iter(readings.values()))
         if judged["bits_per_byte"] >= self.best_loss:
             self.readings_since_best += 1
-            return
+            return judged["loss_per_answer_token"]
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
         if self.stage.keep == "best" and step > 0:
             save_checkpoint(step_folder(self.folder, step), Checkpoint({"weights": weights()}, {"step": step}))
             prune_checkpoints(self.folder, num_kept=1)
+        return judged["loss_per_answer_token"]
 
     def best(self) -> Checkpoint | None:
         """The best weights and their step; None when the stage keeps its last ones or never got better."""

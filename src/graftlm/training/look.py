@@ -64,6 +64,7 @@ def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, firs
         first_bad=probe.first_bad,
         num_targets=num_targets,
         num_tokens=num_tokens,
+        num_rows=len(batch.row_ids),
         bad_row_id=bad_row_id,
         is_dialogue=stage.objective == "dialogue",
         ends_right=_ends_right(batch, plain_model(model).config.eos_token_id),
@@ -159,16 +160,17 @@ def _bad_weight(model: Any, first_new_id: int | None) -> str:
     """The first parameter, learning or not, with a number that is not finite; of a vocabulary matrix, its row too."""
     named = list(model.named_parameters())
     norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for _, p in named])])
-    bad = (~torch.isfinite(norms)).nonzero()
-    if not len(bad):
-        return ""
-    name, parameter = named[int(bad[0])]
-    rows = (~torch.isfinite(parameter.detach())).reshape(len(parameter), -1).any(-1).nonzero()
-    if not len(rows) or not any(parameter is p for m in vocabulary_modules(model) for p in m.parameters()):
-        return plain_name(name)
-    # The second part of a split matrix begins with the first new piece.
-    offset = (first_new_id or 0) if name.endswith("original1") else 0
-    return f"{plain_name(name)}, row {int(rows[0]) + offset}"
+    for place in (~torch.isfinite(norms)).nonzero().flatten().tolist():
+        name, parameter = named[place]
+        rows = (~torch.isfinite(parameter.detach())).reshape(len(parameter), -1).any(-1).nonzero()
+        if not len(rows):
+            continue  # finite and so large that its norm is not
+        if not any(parameter is p for m in vocabulary_modules(model) for p in m.parameters()):
+            return plain_name(name)
+        # The second part of a split matrix begins with the first new piece.
+        offset = (first_new_id or 0) if name.endswith("original1") else 0
+        return f"{plain_name(name)}, row {int(rows[0]) + offset}"
+    return ""
 
 
 def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:

@@ -70,19 +70,26 @@ class Recovery:
         else:
             self._in_a_row = 0
             if self.watch.see(record.loss):
-                self._see_rise(record.step)
+                self._see_rise(record.step, self.watch.last, self.watch.best)
             else:
                 self._is_risen = False
         self._random = random_states()
 
-    def _see_rise(self, step: int) -> None:
+    def see_heldout(self, step: int, loss: float) -> None:
+        """Look at a held-out reading (nats per answer token) after `step` steps. Raises Trouble as `see` does."""
+        # Texts are another kind of row than the dialogues held out: learning them may cost a little there.
+        if self.stage.recovery == "off" or self.stage.objective == "text":
+            return
+        if self.watch.see_heldout(loss) and step:
+            self._see_rise(step, loss, self.watch.heldout_best)
+
+    def _see_rise(self, step: int, loss: float, best: float) -> None:
         """The loss is far above its best: once for every rise, not for every step of it."""
         if self._is_risen:
             return
         self._is_risen = True
-        last, best = self.watch.last, self.watch.best
         culprits = self._blame(step - 1, best)
-        self._note(Incident(step, "loss-rose", 1.0, culprits=culprits, loss=last, best=best))
+        self._note(Incident(step, "loss-rose", 1.0, culprits=culprits, loss=loss, best=best))
         self._trouble("the loss rose")
 
     def see_stop(self, stop: NumericalStop, step: int, loss_scale: float) -> None:

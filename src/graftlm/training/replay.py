@@ -8,7 +8,7 @@ set as the step had them and put back after, so that a replayed run goes on as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.incident import HOPELESS, Class, Incident, Replayed, classify
 from graftlm.health.probe import BadTensor, plain_name, watching
-from graftlm.training.ablation import PutBack, roles_put_back
+from graftlm.training.ablation import roles_put_back
 from graftlm.training.batches import Batch, Steps, row_batches
 from graftlm.training.loop import response_loss_sum
 
@@ -80,28 +80,31 @@ def replay(
     found = _incident(steps, skipped, cause, seen.bad_weight, batches, shown, first_new_id)
     if cause in HOPELESS and shown.bad_batch >= 0:
         batch = batches[shown.bad_batch]
+        tried = batch.row_ids[:MOST_ROWS_TRIED]
+        cured = list(_cured(model, last_good, lambda: take(unscaled, 1.0, [batch]).is_finite))
         found = replace(
             found,
-            culprits=tuple(
-                role
-                for role, ways in roles_put_back(model, last_good)
-                if any(_is_cured(way, lambda: take(unscaled, 1.0, [batch])) for way in ways)
-            ),
-            bad_rows=tuple(
-                row_id
-                for row_id in batch.row_ids[:MOST_ROWS_TRIED]
-                if not take(unscaled, 1.0, _alone(steps, row_id, precision), needs_backward=False).is_forward_finite
-            ),
-            num_rows=min(len(batch.row_ids), MOST_ROWS_TRIED),
+            culprits=tuple(role for role, is_learned in cured if is_learned),
+            bad_from_start=tuple(role for role, is_learned in cured if not is_learned),
+            bad_rows=tuple(i for i in tried if not take(unscaled, 1.0, _alone(steps, i, precision)).is_finite),
+            num_rows=len(tried),
         )
     model.zero_grad(set_to_none=True)
     restore_random_states(after)
     return found
 
 
-def _is_cured(way: PutBack, take: Callable[[], _Seen]) -> bool:
-    with way.held():
-        return take().is_finite
+def _cured(
+    model: Any, last_good: Mapping[str, Tensor] | None, is_finite: Callable[[], bool]
+) -> Iterator[tuple[str, bool]]:
+    """Roles that cure the step when put back alone, and whether their last good weights did it."""
+    for role, ways in roles_put_back(model, last_good):
+        for way in ways:
+            with way.held():
+                is_cured = is_finite()
+            if is_cured:
+                yield role, way.is_last_good
+                break
 
 
 def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:

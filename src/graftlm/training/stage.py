@@ -294,7 +294,9 @@ class StageRun:
                 raise _EarlyStop
 
     def _read_heldout(self, step: int) -> None:
-        self.watch.read(step, self.model, self.precision, self._weights)
+        loss = self.watch.read(step, self.model, self.precision, self._weights)
+        if loss is not None:
+            self.recovery.see_heldout(step, loss)
 
     def _save_regularly(self, record: StepRecord) -> None:
         if record.step % self.checkpoint_every == 0:

@@ -1,0 +1,313 @@
+"""The catalogue of planted faults: cause, place and cure right for every one; healthy runs raise no alarm at all.
+
+`pytest -s tests/training/test_catalogue.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import FIRST_NEW_ID, NUM_ROWS, make_stage, tiny_model, weights_sha256
+
+from graftlm.errors import NumericalStop
+from graftlm.health.curves import diagnose_curves
+from graftlm.health.finding import Finding, alarms
+from graftlm.health.incident import Incident, finding_of
+from graftlm.health.logs import read_log
+from graftlm.health.preflight import preflight
+from graftlm.model.causal import body_of
+from graftlm.model.packed import attend_packed
+from graftlm.recipe import Stage
+from graftlm.run import read_json, read_metrics
+from graftlm.text.rows import TokenRows
+from graftlm.training.batches import Steps
+from graftlm.training.look import take_look
+from graftlm.training.precision import make_precision
+from graftlm.training.stage import StageRun
+from graftlm.training.trainable import prepare_model
+
+EOS = 2
+FULL = {"kind": "full"}
+LORA = {"kind": "lora", "rank": 4, "alpha": 4, "rows": "new"}
+LORA_ALL = {"kind": "lora", "rank": 4, "alpha": 4, "rows": "all"}
+NEW = {"kind": "new-rows"}
+TABLE: list[tuple[str, ...]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_table() -> Iterator[None]:
+    yield
+    print("\n| fault | cause | where | cure |\n|---|---|---|---|")
+    for row in TABLE:
+        print(f"| {' | '.join(row)} |")
+
+
+def spoken_rows(count: int = 60, rare: int | None = None, rare_row: int = -1) -> TokenRows:
+    """Questions of random ids and answers that repeat them, ended by the end token; a rare id in one row."""
+    random = np.random.default_rng(7)
+    ids, mask, offsets = [], [], [0]
+    for row in range(count):
+        question = random.integers(4, NUM_ROWS, random.integers(3, 6)).tolist()
+        if row == rare_row:
+            question[1] = rare
+        answer = [*question[:3], EOS]
+        ids += [1, *question, 3, *answer]
+        mask += [False] * (len(question) + 2) + [True] * len(answer)
+        offsets.append(len(ids))
+    arrays = np.array(ids, np.uint16), np.array(mask), np.array(offsets, np.int64)
+    return TokenRows(*arrays, np.full(count, 9, np.int64))
+
+
+def stage_of(trains: dict[str, Any] = FULL, **knobs: Any) -> Stage:
+    given = {"heldout_every": None, "checkpoint_every": 5, "peak_lr": 1e-3, "micro_batch_tokens": 64, **knobs}
+    return make_stage(trains, **given)
+
+
+def looked_at(
+    stage: Stage, rows: TokenRows | None = None, plant: Callable[[Any], object] = lambda model: None
+) -> list[Finding]:
+    """Pre-flight findings of a stage over a tiny model, with a fault planted after the stage prepared it."""
+    model = prepare_model(tiny_model(), stage.trains, FIRST_NEW_ID, 0)
+    attend_packed(body_of(model))
+    plant(model)
+    steps = Steps(rows or spoken_rows(), batch_rows=8, micro_batch_tokens=256, epochs=1, seed=0)
+    return preflight(take_look(model, steps, stage, make_precision(stage, torch.device("cpu")), FIRST_NEW_ID))
+
+
+def expect(fault: str, findings: list[Finding], cause: str, where: str, cure: str) -> Finding:
+    """The gravest finding is this one, and it says where and how it is cured."""
+    found = next((f for f in findings if f.cause == cause), None)
+    assert found is not None, f"{fault}: found {[(f.cause, f.where) for f in findings]}"
+    assert where in found.where, f"{fault}: {found}"
+    assert cure in found.cure, f"{fault}: {found}"
+    TABLE.append((fault, found.cause, found.where, found.cure))
+    return found
+
+
+def embedding_rows(model: Any) -> torch.nn.Parameter:
+    return model.get_input_embeddings().parametrizations.weight.original1
+
+
+def set_rows(factor: float, place: int | None = None) -> Callable[[Any], None]:
+    def plant(model: Any) -> None:
+        with torch.no_grad():
+            rows = embedding_rows(model)
+            (rows if place is None else rows[place]).mul_(factor)
+
+    return plant
+
+
+def scale_module(name: str, factor: float) -> Callable[[Any], None]:
+    return lambda model: model.get_submodule(name).weight.data.mul_(factor)
+
+
+def scale_attention(model: Any) -> None:
+    for name in ("q_proj", "k_proj"):
+        scale_module(f"model.layers.1.self_attn.{name}", 1e21)(model)
+
+
+def masked(mask: Callable[[TokenRows], np.ndarray]) -> TokenRows:
+    return dataclasses.replace(spoken_rows(), is_target=mask(spoken_rows()))
+
+
+def share_a_weight(model: Any) -> None:
+    first, second = (model.get_submodule(f"model.layers.{n}.mlp.up_proj") for n in (0, 1))
+    second.weight = torch.nn.Parameter(first.weight.detach())  # another parameter over the same memory
+
+
+def freeze_new_rows(model: Any) -> None:
+    embedding_rows(model).requires_grad_(False)
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
+    "16-bit weights without a master": (
+        lambda: looked_at(stage_of(precision="fp16"), plant=lambda model: model.half()),
+        "no-fp32-master", "body", "fp32 masters",
+    ),
+    "Adam's eps is 0 in the weights' dtype": (
+        lambda: looked_at(stage_of(precision="fp16"), plant=lambda model: model.half()),
+        "eps-underflow", "eps", "Raise eps",
+    ),
+    "eps below the smallest fp32": (
+        lambda: looked_at(stage_of(eps=1e-60)), "eps-underflow", "eps", "Raise eps",
+    ),
+    "alpha/r and rate of the adapter": (
+        lambda: looked_at(stage_of({**LORA, "alpha": 256}, peak_lr=1e-3)),
+        "adapter-push-high", "trains.alpha", "alpha/rank",
+    ),
+    "huge new rows": (
+        lambda: looked_at(stage_of(), plant=set_rows(1e3)), "huge-new-rows", "embedding", "grow.embedding",
+    ),
+    "tiny new rows": (
+        lambda: looked_at(stage_of(), plant=set_rows(1e-4)), "tiny-new-rows", "embedding", "grow.embedding",
+    ),
+    "a new row of NaN": (
+        lambda: looked_at(stage_of(), plant=set_rows(float("nan"), 3)),
+        "weights-not-finite", f"row {FIRST_NEW_ID + 3}", "grow.embedding",
+    ),
+    "a poisoned layer": (
+        lambda: looked_at(stage_of(), plant=scale_module(DOWN, float("inf"))),
+        "weights-not-finite", DOWN, "another copy of the base",
+    ),
+    "a layer far too large": (
+        lambda: looked_at(stage_of(), plant=scale_attention),
+        "not-finite-at-start", "model.layers.1", "too large",
+    ),
+    "an activation near 65,504": (
+        lambda: looked_at(stage_of(precision="fp16"), plant=scale_module("model.layers.1.mlp.up_proj", 5e6)),
+        "no-forward-headroom", "model.layers.1.mlp", "bf16",
+    ),
+    "rows without labels": (
+        lambda: looked_at(stage_of(), rows=masked(lambda rows: rows.is_target & False)),
+        "no-labels", "data", "empty answers",
+    ),
+    "a label outside the vocabulary": (
+        lambda: looked_at(stage_of(), rows=spoken_rows(rare=NUM_ROWS, rare_row=17)),
+        "label-outside-vocabulary", "row 17", "graftlm expand",
+    ),
+    "a template that scores the prompt": (
+        lambda: looked_at(stage_of(), rows=masked(lambda rows: rows.is_target | True)),
+        "prompt-is-scored", "data.template", "only answers",
+    ),
+    "a template without ends": (
+        lambda: looked_at(stage_of(), rows=masked(lambda rows: rows.is_target & (rows.ids != EOS))),
+        "answers-without-end", "data.template", "end token",
+    ),
+    "new rows frozen that should train": (
+        lambda: looked_at(stage_of(NEW), plant=freeze_new_rows), "frozen", "embed_tokens", "requires_grad",
+    ),
+    "a module counted twice": (
+        lambda: looked_at(stage_of(), plant=share_a_weight), "counted-twice", "up_proj", "one parameter",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BEFORE)
+def test_told_before_the_first_step(fault: str) -> None:
+    plant, cause, where, cure = BEFORE[fault]
+    expect(fault, plant(), cause, where, cure)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that has learned the rows: what has learned nothing cannot be damaged."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base")
+    stage = stage_of(FULL, epochs=25, batch_rows=12, peak_lr=2e-2)
+    run = StageRun(tiny_model(), stage, spoken_rows(), {}, folder, torch.device("cpu"), FIRST_NEW_ID)
+    run.run()
+    return run.finished_model()
+
+
+def trained(tmp_path: Path, stage: Stage, model: Any, rows: TokenRows | None = None, plant: Any = None) -> StageRun:
+    run = StageRun(model, stage, rows or spoken_rows(), {}, tmp_path, torch.device("cpu"), FIRST_NEW_ID)
+    if plant:
+        plant(run.model)
+    run.run()
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("fault", "role", "trains"),
+    [
+        ("rate too high at the adapter", "adapter", LORA_ALL),
+        ("rate too high at the new rows", "new_rows", LORA_ALL),
+        ("rate too high at the body", "body", FULL),
+    ],
+)
+def test_told_while_it_trains(
+    tmp_path: Path, base: Any, fault: str, role: str, trains: dict[str, Any], precision: str
+) -> None:
+    """N2: the loss rises or the forward pass overflows, and the role whose rate it was is named; then exit 3."""
+    stage = stage_of(
+        trains, precision=precision, epochs=6, batch_rows=8, peak_lr=1e-4, groups={role: {"peak_lr": 3.0}},
+        max_rollbacks=1,
+    )  # fmt: skip
+    with pytest.raises(NumericalStop) as error:
+        trained(tmp_path, stage, copy.deepcopy(base))
+    assert error.value.exit_code == 3
+    grave = [f for f in incidents_of(tmp_path) if f.severity == "fatal"]
+    words = {"adapter": "the adapter", "new_rows": "the new rows", "body": "the transformer body"}[role]
+    assert grave
+    assert words in grave[0].evidence, grave[0]
+    TABLE.append((f"{fault}, {precision}", grave[0].cause, grave[0].where, grave[0].cure))
+    assert f"groups.{role}.peak_lr" in grave[0].cure
+
+
+def incidents_of(folder: Path) -> list[Finding]:
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] == "incident"]
+    return [finding_of(Incident(**{k: v for k, v in line.items() if k != "event"})) for line in lines]
+
+
+def test_a_bad_batch_now_and_then(tmp_path: Path) -> None:
+    """N1: one row of sixty breaks the step it is in; the row is named, weights stay finite, the run goes on."""
+    rare = 45
+
+    def plant(model: Any) -> None:
+        with torch.no_grad():
+            embedding_rows(model)[rare - FIRST_NEW_ID] = 3e38  # finite itself; no sum with it is
+
+    rows = spoken_rows(rare=rare, rare_row=33)
+    keep = rows.ids == rare
+    ids = np.where(keep & (np.repeat(np.arange(60), rows.lengths) != 33), 5, rows.ids).astype(np.uint16)
+    stage = stage_of(LORA, epochs=4, batch_rows=4, groups={"new_rows": {"peak_lr": 1e-30}}, recovery="automatic")
+    run = trained(tmp_path, stage, tiny_model(), dataclasses.replace(rows, ids=ids), plant)
+    found = [f for f in incidents_of(tmp_path) if f.severity != "note"]
+    assert found
+    assert all("row 33" in f.evidence for f in found), found
+    TABLE.append(("a bad batch now and then", found[0].cause, found[0].where, found[0].cure))
+    assert run.recovery.num_rollbacks == 0
+    skipped = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("skipped")]
+    assert len(skipped) == 4  # once an epoch
+
+
+HEALTHY = [
+    (FULL, "fp32", False), (FULL, "bf16", True), (FULL, "fp16", False), (LORA, "fp32", True), (LORA, "fp16", False),
+    (LORA_ALL, "bf16", False), (LORA_ALL, "fp16", True), (NEW, "fp32", False), (NEW, "fp16", True),
+    ({**LORA, "rslora": True, "dropout": 0.1}, "fp32", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trains", "precision", "tied"), HEALTHY)
+def test_healthy_runs_raise_no_alarm(tmp_path: Path, trains: dict[str, Any], precision: str, tied: bool) -> None:
+    no_alarm(tmp_path, stage_of(trains, precision=precision, epochs=3, batch_rows=8), tied)
+
+
+def test_a_low_static_scale_is_no_alarm(tmp_path: Path) -> None:
+    scale = {"initial": 2.0**-6, "growth_interval": 10**6, "floor": 2.0**-20}
+    no_alarm(tmp_path, stage_of(FULL, precision="fp16", epochs=3, batch_rows=8, loss_scale=scale), False)
+
+
+def no_alarm(folder: Path, stage: Stage, tied: bool) -> None:
+    run = StageRun(tiny_model(tied), stage, spoken_rows(), {}, folder, torch.device("cpu"), FIRST_NEW_ID)
+    run.run()
+    assert alarms([Finding(**f) for f in read_json(folder / "preflight.json")["findings"]]) == []
+    assert alarms(incidents_of(folder)) == []
+    findings, verdict = diagnose_curves(read_log(folder / "metrics.jsonl"))
+    assert (alarms(findings), verdict) == ([], "healthy")
+    assert run.recovery.num_rollbacks == 0
+
+
+def test_weights_are_not_touched_by_a_replay(tmp_path: Path) -> None:
+    """N1: replayed or not, a run with overflows ends with the same bits."""
+    digests = []
+    for recovery in ("advise", "off"):
+        stage = stage_of(LORA, precision="fp16", epochs=2, batch_rows=8, recovery=recovery)
+        folder = tmp_path / recovery
+        folder.mkdir()
+        run = StageRun(tiny_model(), stage, spoken_rows(), {}, folder, torch.device("cpu"), FIRST_NEW_ID)
+        run.precision.scaler.scale = 2.0**30  # overflows until it has come down
+        run.run()
+        digests.append(weights_sha256(run.finished_model()))
+    lines = read_metrics(tmp_path / "advise" / "metrics.jsonl")
+    assert any(line["event"] == "incident" and line["cause"] == "scale-too-high" for line in lines)
+    assert digests[0] == digests[1]
