@@ -46,4 +46,9 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value)) or "none"
     if isinstance(value, Mapping):
         return json.dumps(value, ensure_ascii=False) if value else "none"
-    return "none" if value is None else _CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value))
+    return "none" if value is None else plain(str(value))
+
+
+def plain(text: str) -> str:
+    """Text that cannot drive a terminal: control characters are written out."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -36,11 +36,12 @@ _WORDS: dict[Verdict, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Autopsy:
-    """What was found of a run, stage by stage; `path` is what was looked at."""
+    """What was found, stage by stage; `path` is what was looked at, `is_run` whether that is a whole run's folder."""
 
     path: Path
     name: str
     courses: list[Course]
+    is_run: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -82,7 +83,7 @@ def autopsy(path: str | Path) -> Autopsy:
     if path.is_dir():
         run = _run_in(path)
         if run is not None:
-            return Autopsy(path, run.name, _courses(run))
+            return Autopsy(path, run.name, _courses(run), is_run=True)
         if (path / METRICS).is_file() or (path / PREFLIGHT).is_file():
             return Autopsy(path, path.absolute().name, [_stage_course(path, _run_in(path.absolute().parent))])
         if not (path / TRAINER_STATE).is_file():

@@ -97,13 +97,24 @@ def _rate_factor(course: Course) -> float:
 def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
     if course.asked is None:
         return Diagnosis(finding, course.name, last_step=finding.step)
+    if finding.severity == "note" and finding.cause != "over-fitted":
+        return Diagnosis(finding, course.name, last_step=finding.step)
     if role != START and (len(course.log.interventions) > 1 or (course.log.interventions and course.log.ending)):
         role = ""  # rollbacks cut all rates, and one cut was not enough
     lines = recipe_lines(
         finding.cause, course.asked, where=finding.where, role=role, factor=_rate_factor(course),
         lora_factor=course.look.get("lora_factor"),
     )  # fmt: skip
+    if lines and course.log.interventions and "peak_lr" in lines[0]:
+        finding = replace(finding, cure=f"{finding.cure} {_rates_tried(course)}")
     return Diagnosis(finding, course.name, last_step=finding.step, lines=lines)
+
+
+def _rates_tried(course: Course) -> str:
+    taken = course.log.interventions[-1].get("rate_factor", 1.0)
+    if course.verdict == "recovered":
+        return f"It came through with {taken:.3g} of the recipe's rates."
+    return f"Rollbacks went down to {taken:.3g} of the recipe's rates, still too much: take {RATE_CUT:g} of that."
 
 
 def _grouped(incidents: Sequence[Incident], course: Course, names: Names) -> list[Diagnosis]:

@@ -163,7 +163,8 @@ def _rise(log: RunLog) -> list[Finding]:
             f"The smoothed loss rose by {rise:.2f} nats above its best ({was:.2f} at step {since}) and "
             f"{'came back' if came_back else f'ended at {curve[-1][1]:.2f}'}"
             f"{'; held-out loss fell all the same: those rows were harder' if is_harmless else ''}.",
-            "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA alpha/rank counts as the rate does.",
+            "Nothing to do." if is_harmless else "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA "
+            "alpha/rank counts as the rate does.",
         )
     ]  # fmt: skip
 

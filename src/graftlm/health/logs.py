@@ -55,19 +55,27 @@ class LogRecord:
 class RunLog:
     """A run's curves. `heldout` holds (step, loss) of the language judged by, `readings` the same of each language;
     `scales` (step, scale after) at each overflow; `ending` what was said last when the run stopped by itself: an
-    error's text. `records` are the run's own course; attempts it rolled back from lie in `abandoned`, in order, while
-    the `incidents` found on them stand among the others."""
+    error's text. `records` are the run's own course; attempts it rolled back from lie in `abandoned`, in order.
+    `events` are what else happened, on those attempts too, as it was written: incidents, interventions, notes."""
 
     name: str
     records: list[LogRecord] = field(default_factory=list)
     heldout: list[tuple[int, float]] = field(default_factory=list)
     readings: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     scales: list[tuple[int, float]] = field(default_factory=list)
-    incidents: list[dict[str, Any]] = field(default_factory=list)
-    interventions: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     abandoned: list[list[LogRecord]] = field(default_factory=list)
-    notes: list[tuple[int, str]] = field(default_factory=list)
     ending: str = ""
+
+    @property
+    def incidents(self) -> list[dict[str, Any]]:
+        """The steps that were replayed, as written."""
+        return [line for line in self.events if line["event"] == "incident"]
+
+    @property
+    def interventions(self) -> list[dict[str, Any]]:
+        """The times it was rolled back, as written."""
+        return [line for line in self.events if line["event"] == "intervention"]
 
     @property
     def last_step(self) -> int:
@@ -152,14 +160,10 @@ def _add_line(log: RunLog, line: dict[str, Any]) -> None:
         judged = line.get("new") or line.get("old")
         if judged:
             log.heldout.append((line["step"], judged["loss_per_answer_token"]))
-    elif event == "incident":
-        log.incidents.append(line)
-    elif event == "intervention":
-        log.interventions.append(line)
-    elif event == "note":
-        log.notes.append((line["step"], line["text"]))
     elif event == "stopped":
         log.ending = line["text"]
+    elif event in ("incident", "intervention", "note"):
+        log.events.append(line)
     elif event is None and "step" in line:
         _add_hf_line(log, line, int(line["step"]))
 

@@ -30,6 +30,17 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Events:
+    """Steps at which something happened, marked across a plot. `colour` is bad, ok or plain; `is_small` marks the foot
+    of the plot only, for what may happen at many steps."""
+
+    name: str
+    steps: Sequence[float]
+    colour: str = "bad"
+    is_small: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One figure with its interval."""
 
@@ -54,7 +65,9 @@ class _Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
 
-def line_plot(title: str, lines: Sequence[Line], x_label: str = "step", *, may_be_log: bool = True) -> str:
+def line_plot(
+    title: str, lines: Sequence[Line], x_label: str = "step", *, may_be_log: bool = True, events: Sequence[Events] = ()
+) -> str:
     """Lines over steps, each named in a legend; a value that is not finite is left out.
 
     The scale is logarithmic where values lie far apart, unless `may_be_log` says no.
@@ -64,16 +77,21 @@ def line_plot(title: str, lines: Sequence[Line], x_label: str = "step", *, may_b
     if not drawn:
         return ""
     ys = [y for line in drawn for y in line.ys]
-    x = _Scale(*_spread([x for line in drawn for x in line.xs]), _LEFT, WIDTH - _RIGHT)
+    events = [marked for marked in events if marked.steps]
+    xs = [*(x for line in drawn for x in line.xs), *(step for marked in events for step in marked.steps)]
+    x = _Scale(*_spread(xs), _LEFT, WIDTH - _RIGHT)
     y = _y_scale(ys, may_be_log)
-    marks = [*_grid(x, y, x_label), *(part for line in drawn for part in _line_marks(line, x, y))]
+    marks = [*_grid(x, y, x_label), *(part for marked in events for part in _event_marks(marked, x))]
+    marks += [part for line in drawn for part in _line_marks(line, x, y)]
     told = "; ".join(
         f"{line.name}: from {_short(line.ys[0])} to {_short(line.ys[-1])}, least {_short(min(line.ys))}, "
         f"greatest {_short(max(line.ys))}"
         for line in drawn
     )
-    legend = _legend([(line.name, line.colour, line.marks) for line in drawn]) if len(drawn) > 1 else ""
-    return _figure(title, told, marks, legend)
+    told += "".join(f"; {marked.name} at {_steps_told(marked.steps)}" for marked in events)
+    keys = [(line.name, line.colour, line.marks) for line in drawn]
+    keys += [(marked.name, f"{marked.colour}{'' if marked.is_small else ' thin'}", False) for marked in events]
+    return _figure(title, told, marks, _legend(keys) if len(keys) > 1 else "")
 
 
 def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str, str, Sequence[Reading]]]) -> str:
@@ -163,6 +181,23 @@ def _line_marks(line: Line, x: _Scale, y: _Scale) -> list[str]:
             for at, mean in zip(xs, means, strict=True)
         ]
     return marks
+
+
+def _event_marks(marked: Events, x: _Scale) -> list[str]:
+    """A mark for every step, one where several fall on the same place."""
+    top = HEIGHT - _BOTTOM - 7 if marked.is_small else _TOP
+    kind = "stroke" if marked.is_small else "stroke thin"
+    return [
+        f'<line class="{kind} {marked.colour}" x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{HEIGHT - _BOTTOM}"/>'
+        for place in dict.fromkeys(round(x(step), 1) for step in marked.steps)
+    ]
+
+
+def _steps_told(steps: Sequence[float]) -> str:
+    named = list(dict.fromkeys(steps))
+    if len(named) > 5:
+        return f"{len(named)} steps from {min(named):,.0f} to {max(named):,.0f}"
+    return f"step{'s' if len(named) > 1 else ''} {', '.join(f'{step:,.0f}' for step in named)}"
 
 
 def _y_scale(ys: Sequence[float], may_be_log: bool) -> _Scale:
