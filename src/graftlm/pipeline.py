@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.device import use_all_cores
-from graftlm.errors import UserError
+from graftlm.errors import NumericalStop, UserError
+from graftlm.health.autopsy import autopsy
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
+from graftlm.release.autopsy_page import HEALTH, write_autopsy
 from graftlm.release.export import Manifest, export_gguf_of_folder, whole_or_absent
 from graftlm.release.gguf_file import Quantization
 from graftlm.road import Facts, Road
@@ -59,7 +61,24 @@ def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
         walk.refuse_lost_training(orders)
         inputs = {path: mark for order in orders.values() for path, mark in order.given.items()}
         run.write_recipe(recipe.model_dump(mode="json"), inputs)
-        return walk.take_all(orders)
+        try:
+            result = walk.take_all(orders)
+        except NumericalStop as stop:
+            page = _leave_autopsy(folder)
+            raise NumericalStop(stop.problem, f"{stop.fix.rstrip('.')}. Page: {page}" if page else stop.fix) from None
+        if (folder / HEALTH).is_file():
+            _leave_autopsy(folder)  # of an end that is none any more
+        return result
+
+
+def _leave_autopsy(folder: Path) -> Path | None:
+    """Write health.json and autopsy.html into a run's folder; None where its training has nothing to tell, or the disk
+    no room for it: what stopped the run matters more."""
+    try:
+        found = autopsy(folder)
+        return write_autopsy(found, folder) if found.verdict != "healthy" or (folder / HEALTH).is_file() else None
+    except UserError:
+        return None
 
 
 def due_steps(recipe: Recipe, folder: Path) -> list[str]:

@@ -46,7 +46,7 @@ def autopsy(
         return
     print("\n".join(_told(found)))
     if page:
-        print(f"\npage  {plain(str(page))}")
+        print(f"\npage    {plain(str(page))}")
 
 
 def _told(found: Autopsy) -> Iterator[str]:
@@ -63,9 +63,9 @@ def _told(found: Autopsy) -> Iterator[str]:
         }  # fmt: skip
         for name, value in values.items():
             yield from _wrapped(name, plain(value))
-        yield from (f"   {'change' if not place else '':<8}  {plain(line)}" for place, line in enumerate(told.lines))
-    if any(told.lines for told in found.diagnoses):
-        yield "\nThe lines under change go behind: graftlm run RECIPE --out ANOTHER_FOLDER"
+        yield from (f"   {'' if place else 'change':<8}  {plain(line)}" for place, line in enumerate(told.lines))
+    if found.changes:
+        yield f"\nTry     graftlm run RECIPE --out ANOTHER_FOLDER {plain(' '.join(found.changes))}"
 
 
 def _wrapped(name: str, text: str) -> list[str]:

@@ -59,6 +59,15 @@ class Autopsy:
         found = [told for course in self.courses for told in course.diagnoses]
         return sorted(found, key=lambda told: SEVERITIES.index(told.finding.severity))
 
+    @property
+    def changes(self) -> list[str]:
+        """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's."""
+        by_knob: dict[str, str] = {}
+        for told in self.diagnoses:
+            for line in told.lines:
+                by_knob.setdefault(line.partition("=")[0], line)
+        return list(by_knob.values())
+
     def to_json(self) -> dict[str, Any]:
         """As `graftlm autopsy --json` prints it and `health.json` holds it."""
         return {
@@ -66,6 +75,7 @@ class Autopsy:
             "verdict": self.verdict,
             "told": self.told,
             "findings": [_finding_json(told) for told in self.diagnoses],
+            "changes": self.changes,
             "stages": [_course_json(course) for course in self.courses],
             "interventions": [
                 {"stage": course.name, **{key: value for key, value in line.items() if key != "event"}}

@@ -106,7 +106,11 @@ def _findings(found: Autopsy) -> str:
     if not found.diagnoses:
         return "<p>Nothing: no alarm in curves, replays or pre-flight.</p>"
     several = len(found.courses) > 1
-    return "".join(_finding(number, told, several) for number, told in enumerate(found.diagnoses, start=1))
+    told = "".join(_finding(number, told, several) for number, told in enumerate(found.diagnoses, start=1))
+    if found.changes:
+        command = f"graftlm run RECIPE --out ANOTHER_FOLDER {' '.join(found.changes)}"
+        told += f'<h3>To try it</h3><pre tabindex="0">{safe(command)}</pre>'
+    return told
 
 
 def _finding(number: int, told: Diagnosis, several: bool) -> str:
@@ -116,12 +120,7 @@ def _finding(number: int, told: Diagnosis, several: bool) -> str:
     if several:
         values.insert(0, ("stage", told.stage))
     lines = "\n".join(told.lines)
-    change = (
-        f'<p>To type behind <code>graftlm run RECIPE</code>, with another <code>--out</code>:</p><pre tabindex="0">'
-        f"{safe(lines)}</pre>"
-        if lines
-        else ""
-    )
+    change = f'<p><b>Change.</b></p><pre tabindex="0">{safe(lines)}</pre>' if lines else ""
     return (
         f'<h3>{number}. {safe(title_of(finding))} <span class="{kind}">({safe(finding.severity)})</span></h3>'
         f"{facts(values)}<p>{safe(finding.evidence)}</p><p><b>Cure.</b> {safe(finding.cure)}</p>{change}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftlm.health.autopsy import Autopsy, autopsy
 from graftlm.run import DONE, RECIPE, read_json, read_metrics
 
 
@@ -39,6 +40,7 @@ class RunRecord:
     samples: list[dict[str, Any]] = field(default_factory=list)
     compression: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     questions: dict[str, Any] | None = None
+    health: Autopsy | None = None
 
     @property
     def languages(self) -> list[str]:
@@ -60,11 +62,12 @@ def read_run(folder: Path) -> RunRecord:
     scratch = recipe["base"].get("scratch")
     if scratch:
         asked["0-scratch"] = scratch["training"]
+    stages = [_stage(path, asked[path.name]) for path in folders if path.name in asked]
     return RunRecord(
         recipe=recipe,
         versions=written.get("versions", {}),
         done={path.name: read_json(path / DONE) for path in folders if (path / DONE).is_file()},
-        stages=[_stage(path, asked[path.name]) for path in folders if path.name in asked],
+        stages=stages,
         graft=_read(folder / "1-tokenizer" / "graft.json"),
         grow=_read(folder / "2-base" / "grow.json"),
         data=_read(folder / "3-data" / "data.json"),
@@ -72,6 +75,7 @@ def read_run(folder: Path) -> RunRecord:
         samples=_find(folders, "samples.json") or [],
         compression=_find(folders, "compression.json") or {},
         questions=_find(folders, "questions.json"),
+        health=autopsy(folder) if any(stage.steps for stage in stages) else None,
     )
 
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from graftlm.release.page import card, chapter, duration, facts, folded, number, page, percent, safe
 from graftlm.release.record import RunRecord, read_run
-from graftlm.release.report_parts import data_chapter, graft_chapter, grow_chapter, stage_chapters
+from graftlm.release.report_parts import (
+    data_chapter,
+    graft_chapter,
+    grow_chapter,
+    health_chapter,
+    stage_chapters,
+)
 from graftlm.release.report_results import exact_chapter, heldout_chapter, samples_chapter
 from graftlm.run import disk_errors
 
@@ -40,6 +46,7 @@ def report_page(run: RunRecord) -> str:
         ("base", "Grown base", grow_chapter(run)),
         ("data", "Data", data_chapter(run)),
         ("training", "Training", stage_chapters(run)),
+        ("health", "Health", health_chapter(run)),
         ("recipe", "Recipe and versions", _recipe(run)),
     ]
     links = "".join(f'<a href="#{mark}">{safe(title)}</a>' for mark, title, _ in chapters)

@@ -174,6 +174,32 @@ def _stage_facts(stage: StageRecord) -> list[tuple[str, Any]]:
     ]  # fmt: skip
 
 
+def health_chapter(run: RunRecord) -> str:
+    """What the doctor says: verdict, what asked for a person, and where training went back."""
+    health = run.health
+    if health is None:
+        return ""
+    kind = "ok" if health.verdict in ("healthy", "recovered") else "bad"
+    told = f'<p><b class="{kind}">{safe(health.verdict.capitalize())}.</b> {safe(health.told)}</p>'
+    found = [
+        (told.stage, "" if told.finding.step is None else told.finding.step, told.finding.cause, told.finding.evidence)
+        for told in health.diagnoses
+    ]
+    if found:
+        told += table(("stage", "step", "finding", "evidence"), found)
+    looked = [course for course in health.courses if course.look]
+    if looked and not any(course.preflight for course in looked):
+        told += "<p>Pre-flight found nothing before the first step of any stage.</p>"
+    back = [
+        (course.name, line["at_step"], line["step"], line["rate_factor"])
+        for course in health.courses
+        for line in course.log.interventions
+    ]
+    if back:
+        told += f"<h3>Rollbacks</h3>{table(('stage', 'at step', 'back to step', 'share of the rate from there'), back)}"
+    return f"{told}<p>With curves and recipe lines: <code>graftlm autopsy</code> on the run's folder.</p>"
+
+
 def _or_none(value: float | None) -> float | str:
     return "none" if value is None else value
 
