@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import random
 import resource
 import sys
@@ -45,6 +46,18 @@ def fastest_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in torch 2.11
     return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
+
+
+def machine_name(device: torch.device) -> str:
+    """What computes, in words: the GPU's name, or the processor's and its cores."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} GPU"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return f"{value.strip()}, {num_cores()} CPU cores"
+    return f"{platform.machine()}, {num_cores()} CPU cores"
 
 
 def num_cores() -> int:

@@ -6,18 +6,21 @@ work: `road.py` does.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftlm.device import use_all_cores
+from graftlm.device import machine_name, use_all_cores
 from graftlm.errors import NumericalStop, UserError
 from graftlm.health.autopsy import autopsy
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
+from graftlm.release.card import write_card
 from graftlm.release.export import Manifest, export_gguf_of_folder, whole_or_absent
 from graftlm.release.gguf_file import Quantization
 from graftlm.road import Facts, Road
@@ -59,8 +62,7 @@ def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
         walk = _Walk(recipe, run.folder)
         orders = walk.orders()
         walk.refuse_lost_training(orders)
-        inputs = {path: mark for order in orders.values() for path, mark in order.given.items()}
-        run.write_recipe(recipe.model_dump(mode="json"), inputs)
+        run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
         try:
             result = walk.take_all(orders)
         except NumericalStop as stop:
@@ -79,6 +81,41 @@ def _leave_autopsy(folder: Path) -> Path | None:
         return write_autopsy(found, folder) if found.verdict != "healthy" or (folder / HEALTH).is_file() else None
     except UserError:
         return None
+
+
+@dataclass(slots=True)
+class PreflightResult:
+    """The pre-flight of every stage: its findings with the stage each is of, the least forward headroom (bits below
+    fp16's largest number), the first stage's first loss by class of pieces (nats), and all that was seen by stage."""
+
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    headroom_bits: float | None = None
+    first_loss: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def preflight_recipe(recipe: Recipe, folder: Path) -> PreflightResult:
+    """Take the steps before the first stage in `folder` (a later run keeps them), then look at every stage.
+
+    Raises UserError, DiskError, Interrupted.
+    """
+    check_inputs(recipe)
+    use_all_cores()
+    result = PreflightResult()
+    with RunFolder(folder, recipe.name) as run:
+        walk = _Walk(recipe, run.folder)
+        orders = walk.orders()
+        walk.refuse_lost_training(orders)
+        run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
+        walk.take_before_stages(orders)
+        for name, look, findings in walk.road.look_at_stages():
+            result.findings += [{"stage": name, **asdict(finding)} for finding in findings]
+            result.stages[name] = asdict(look)
+            bits = look.headroom_bits
+            if math.isfinite(bits):
+                result.headroom_bits = bits if result.headroom_bits is None else min(bits, result.headroom_bits)
+            result.first_loss = result.first_loss or dict(look.first_loss)
+    return result
 
 
 def due_steps(recipe: Recipe, folder: Path) -> list[str]:
@@ -112,14 +149,18 @@ def export_run(folder: Path, to: str, out: Path | None, quantization: str | None
         return _export_folder(folder, to, out or folder.absolute().parent / name, kind)
     recipe = Recipe.model_validate(read_json(folder / RECIPE)["recipe"])
     out = out or folder / name
+
+    def add_card(scratch: Path) -> None:
+        write_card(folder, scratch)
+
     with RunFolder(folder, recipe.name):
         road = Road(recipe, folder)
         road.check_stages_done()
         if to == "adapter":
-            return whole_or_absent(out, lambda scratch: road.export_adapter(scratch, out))
+            return whole_or_absent(out, lambda scratch: road.export_adapter(scratch, out, add_card))
         if to == "gguf":
-            return whole_or_absent(out, lambda scratch: road.export_gguf(scratch, kind))
-        return whole_or_absent(out, road.export_hf)
+            return whole_or_absent(out, lambda scratch: road.export_gguf(scratch, kind, add_card))
+        return whole_or_absent(out, lambda scratch: road.export_hf(scratch, add_card))
 
 
 def _export_folder(folder: Path, to: str, out: Path, quantization: Quantization) -> Manifest:
@@ -181,6 +222,12 @@ class _Walk:
         folders = sorted(mark.parent for mark in self.folder.glob(f"*/{STARTED}"))
         return [Step(folder) for folder in folders if folder.name not in planned]
 
+    def take_before_stages(self, orders: dict[str, Order]) -> None:
+        """Take what is not done of tokenizer, base and data. Raises UserError, DiskError, Interrupted."""
+        first = self.road.stage_folder(0).name
+        for stop in itertools.takewhile(lambda stop: stop.name != first, self.stops):
+            self._take(stop, orders[stop.name])
+
     def take_all(self, orders: dict[str, Order]) -> RunResult:
         """Take every step that is not done. Raises UserError, NumericalStop, DiskError, Interrupted."""
         for step in self._left_over():
@@ -189,6 +236,8 @@ class _Walk:
         result = RunResult(model=str(road.model_folder), report=str(road.report_folder / "report.html"))
         for stop in self.stops:
             result.steps.append(self._take(stop, orders[stop.name]))
+        # Last of all, so that it tells of everything; no step's own file, so that no step is redone for it.
+        write_card(self.folder, road.model_folder)
         asked = road.report_folder / "questions.json"
         result.questions = read_json(asked) if asked.is_file() else None
         return result
@@ -206,7 +255,7 @@ class _Walk:
         with disk_errors(step.folder):
             facts = stop.work(step)
         seconds = time.monotonic() - started
-        step.finish(order.key, seconds, **facts)
+        step.finish(order.key, seconds, **facts, machine=machine_name(self.road.device))
         say(f"{stop.name}: done in {seconds:.1f} s")
         return StepResult(stop.name, seconds, "done")
 
@@ -234,6 +283,11 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
         _Stop(road.report_folder.name, _section(recipe, "report"), road.report, inputs["report"]),
     ]
     return stops
+
+
+def _inputs(orders: dict[str, Order]) -> dict[str, str]:
+    """Fingerprints of everything read by path, by path."""
+    return {path: mark for order in orders.values() for path, mark in order.given.items()}
 
 
 def _section(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -308,6 +308,13 @@ class Report(Section):
     questions_shown: Annotated[StrictInt, Field(ge=0)] = 3
 
 
+class Card(Section):
+    """What the model card says that no step can know. Licences are named as the hub names them (apache-2.0, llama2)."""
+
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] | None = None
+    data_license: str | None = None
+
+
 class Recipe(Section):
     """The whole road."""
 
@@ -321,6 +328,7 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1)
     export: Export = Export()
     report: Report = Report()
+    card: Card = Card()
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:

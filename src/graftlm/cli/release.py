@@ -29,3 +29,13 @@ def export(
     from graftlm.pipeline import export_run
 
     show(export_run(run_folder, to, out, quantization), as_json)
+
+
+def card(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Print a run's model card, in English and Chinese, from what the run recorded.
+
+    Example: graftlm card runs/demo
+    """
+    from graftlm.release.card import card_text
+
+    print(card_text(run_folder), end="")

@@ -16,6 +16,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 34
 # More steps than this are drawn as means of neighbours, with a band from the least to the greatest.
 MAX_POINTS = 300
 _LOG_FROM = 30.0
+# The look of the page, for a file that has no page around it.
+_PICTURE_STYLE = (
+    "svg{background:#fdfdfc}text{fill:#5a6576;font:12px system-ui,sans-serif}.title{fill:#1c2330;font-weight:600}"
+    ".grid{stroke:#dde1e7}.stroke{fill:none;stroke:currentColor;stroke-width:2}.fill{fill:currentColor}"
+    ".band{fill:currentColor;opacity:.18}.new{color:#b4471d}.old{color:#1b6cae}.train{color:#6b7686}.plain{color:#54408f}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,27 @@ class _Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A plot before it is put on a page: its marks, what they say in words, and (name, colour, has marks) by line."""
+
+    title: str
+    told: str
+    marks: Sequence[str]
+    legend: Sequence[tuple[str, str, bool]]
+
+
 def line_plot(
     title: str, lines: Sequence[Line], x_label: str = "step", *, may_be_log: bool = True, events: Sequence[Events] = ()
 ) -> str:
+    """`draw_lines` as a figure of a page; empty where nothing is to be drawn."""
+    drawing = draw_lines(title, lines, x_label, may_be_log=may_be_log, events=events)
+    return _figure(drawing.title, drawing.told, drawing.marks, _legend(drawing.legend)) if drawing else ""
+
+
+def draw_lines(
+    title: str, lines: Sequence[Line], x_label: str = "step", *, may_be_log: bool = True, events: Sequence[Events] = ()
+) -> Drawing | None:
     """Lines over steps, each named in a legend; a value that is not finite is left out.
 
     The scale is logarithmic where values lie far apart, unless `may_be_log` says no.
@@ -75,7 +99,7 @@ def line_plot(
     drawn = [_finite(line) for line in lines]
     drawn = [line for line in drawn if line.xs]
     if not drawn:
-        return ""
+        return None
     ys = [y for line in drawn for y in line.ys]
     events = [marked for marked in events if marked.steps]
     xs = [*(x for line in drawn for x in line.xs), *(step for marked in events for step in marked.steps)]
@@ -89,9 +113,29 @@ def line_plot(
         for line in drawn
     )
     told += "".join(f"; {marked.name} at {_steps_told(marked.steps)}" for marked in events)
-    keys = [(line.name, line.colour, line.marks) for line in drawn]
-    keys += [(marked.name, f"{marked.colour}{'' if marked.is_small else ' thin'}", False) for marked in events]
-    return _figure(title, told, marks, _legend(keys) if len(keys) > 1 else "")
+    legend = [(line.name, line.colour, line.marks) for line in drawn] if len(drawn) + len(events) > 1 else []
+    legend += [(marked.name, f"{marked.colour}{'' if marked.is_small else ' thin'}", False) for marked in events]
+    return Drawing(title, told, marks, legend)
+
+
+def picture(drawings: Sequence[Drawing]) -> str:
+    """Drawings below each other as one SVG file that stands by itself, beside a text that shows it."""
+    parts, top = [], 0
+    for drawing in drawings:
+        parts.append(f'<text class="title" x="8" y="{top + 18}">{html.escape(drawing.title)}</text>')
+        marks = "".join(drawing.marks)
+        parts.append(f'<svg y="{top + 24}" width="{WIDTH}" height="{HEIGHT}" overflow="visible">{marks}</svg>')
+        top += HEIGHT + 32
+        for place, (name, colour, _) in enumerate(drawing.legend):
+            x, y = 8 + 240 * (place % 2), top + 12 + 18 * (place // 2)
+            parts.append(f'<line class="stroke {colour}" x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}"/>')
+            parts.append(_text(x + 28, y, name, "start"))
+        top += 18 * math.ceil(len(drawing.legend) / 2) + 14
+    label = html.escape(" ".join(f"{drawing.title}. {drawing.told}." for drawing in drawings))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" role="img" aria-label="{label}">'
+        f"<style>{_PICTURE_STYLE}</style>{''.join(parts)}</svg>\n"
+    )
 
 
 def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str, str, Sequence[Reading]]]) -> str:
@@ -149,6 +193,8 @@ def _figure(title: str, told: str, marks: Sequence[str], legend: str, height: fl
 
 
 def _legend(entries: Sequence[tuple[str, str, bool]]) -> str:
+    if not entries:
+        return ""
     keys = "".join(
         f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><line class="stroke {colour}" x1="1" x2="25" y1="5" y2="5"/>'
         + (f'<circle class="fill {colour}" cx="13" cy="5" r="4"/>' if has_marks else "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.health.autopsy import Autopsy, autopsy
+from graftlm.health.logs import own_and_abandoned
 from graftlm.run import DONE, RECIPE, read_json, read_metrics
 
 
@@ -23,6 +24,7 @@ class StageRecord:
     steps: list[dict[str, Any]]
     heldout: list[dict[str, Any]]
     notes: list[str]
+    interventions: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,11 @@ def _find(folders: list[Path], name: str) -> Any:
 
 def _stage(folder: Path, asked: dict[str, Any]) -> StageRecord:
     path = folder / "metrics.jsonl"
-    lines = read_metrics(path) if path.is_file() else []
-    by_event: dict[str, list[dict[str, Any]]] = {"step": [], "heldout": [], "note": []}
+    # What training went back from is not its course.
+    lines, _ = own_and_abandoned(read_metrics(path) if path.is_file() else [])
+    by_event: dict[str, list[dict[str, Any]]] = {"step": [], "heldout": [], "note": [], "intervention": []}
     for line in lines:
         by_event.setdefault(line.get("event", ""), []).append(line)
     notes = [str(line.get("text", "")) for line in by_event["note"]]
-    return StageRecord(folder.name, asked, _read(folder / DONE) or {}, by_event["step"], by_event["heldout"], notes)
+    done = _read(folder / DONE) or {}
+    return StageRecord(folder.name, asked, done, by_event["step"], by_event["heldout"], notes, by_event["intervention"])
