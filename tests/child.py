@@ -34,6 +34,13 @@ def in_child(
     return child.exitcode, changes.value
 
 
+def in_background(work: Callable[..., Any], *given: Any) -> Any:
+    """Run `work(*given)` in a child; returns the process at once."""
+    child = _server.Process(target=work, args=given)
+    child.start()
+    return child
+
+
 def _work(work: Callable[..., Any], given: Any, kill_at: int | None, changes: Any, log: Path | None) -> None:
     import torch
 

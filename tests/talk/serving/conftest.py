@@ -91,9 +91,11 @@ class Running:
         return connected
 
 
-def running(models: list[Served], **options: Any) -> Iterator[Running]:
+def running(models: list[Served], send_buffer_bytes: int | None = None, **options: Any) -> Iterator[Running]:
     """Serve until the generator is closed."""
     bound = bind("127.0.0.1", 0)
+    if send_buffer_bytes:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     ready = threading.Event()
     server = make_server(make_app(models, **options), ready.set, drain_seconds=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -113,17 +115,27 @@ def server(chatbot: Chatbot, parrot: Callable[..., Chatbot], tokenizer: Tokenize
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Running]]:
-    """Start a server of one's own, stopped after the test: `start(chatbot, engine_limits={}, **app_options)`."""
+def serve_models() -> Iterator[Callable[..., Running]]:
+    """Start a server of one's own, stopped after the test: `serve_models(models, **app_options)`."""
     started: list[Iterator[Running]] = []
 
-    def begin(chatbot: Chatbot, engine_limits: dict[str, Any] | None = None, **options: Any) -> Running:
-        started.append(running([served(chatbot, **(engine_limits or {}))], **options))
+    def begin(models: list[Served], **options: Any) -> Running:
+        started.append(running(models, **options))
         return next(started[-1])
 
     yield begin
     for generator in started:
         assert next(generator, None) is None
+
+
+@pytest.fixture
+def start(serve_models: Callable[..., Running]) -> Callable[..., Running]:
+    """One chatbot on a server of one's own: `start(chatbot, engine_limits, **app_options)`."""
+
+    def begin(chatbot: Chatbot, engine_limits: dict[str, Any] | None = None, **options: Any) -> Running:
+        return serve_models([served(chatbot, **(engine_limits or {}))], **options)
+
+    return begin
 
 
 @pytest.fixture(scope="session")

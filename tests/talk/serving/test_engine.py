@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,15 @@ from graftlm.talk.serving.slots import rounded_places
 from graftlm.talk.serving.speech import Ask, Piece
 from graftlm.text.dialogue import CARD
 
-QUESTIONS = ["hello", "what is the capital of France?", "one two three " * 9, "你好", "今天天气很好吗", "x", "how are you?"]
+QUESTIONS = [
+    "hello",
+    "what is the capital of France?",
+    "one two three " * 9,
+    "你好",
+    "今天天气很好吗",
+    "x",
+    "how are you?",
+]
 
 
 class Listener:
@@ -130,7 +139,7 @@ def test_a_full_queue_refuses_with_a_time(endless, run) -> None:
     forever = Ask([1, 5], Sampling(max_new_tokens=50_000))
     tickets = [listener.ask(0, forever)]
     while not listener.engine.num_running:
-        pass
+        time.sleep(0.002)
     tickets += [listener.ask(1, forever), listener.ask(2, forever)]
     with pytest.raises(Busy) as refused:
         listener.engine.submit([forever], lambda _: None)
@@ -145,11 +154,11 @@ def test_whoever_leaves_costs_no_further_step(endless, run) -> None:
     listener = run(endless)
     ticket = listener.ask(0, Ask([1, 5], Sampling(max_new_tokens=50_000)))
     while listener.engine.counts.answer_tokens < 3:
-        pass
+        time.sleep(0.002)
     listener.engine.cancel(ticket)
     said = listener.engine.counts.answer_tokens
     while listener.engine.num_running:
-        pass
+        time.sleep(0.002)
     assert listener.engine.counts.answer_tokens <= said + 1
     assert listener.engine.counts.cancelled == 1
 

@@ -20,10 +20,12 @@ def spoken(tokenizer, text: str, *stop: str) -> tuple[list[str], bool]:
 @pytest.mark.parametrize(
     ("text", "stop", "shown"),
     [("one two three", ("two",), "one "), ("one two three", ("o t", "wo"), "one tw"), ("one two", ("\n",), "one two"),
-     ("one twx", ("two",), "one twx"), ("one tw", ("two",), "one tw"), ("aaab", ("aab",), "a"), ("你好天", ("好天",), "你"),
-     ("one two", ("one two",), "")],
+     ("one twx", ("two",), "one twx"), ("one tw", ("two",), "one tw"), ("aaab", ("aab",), "a"),
+     ("你好天", ("好天",), "你"), ("one two", ("one two",), "")],
 )  # fmt: skip
-def test_a_stop_string_ends_the_answer_and_is_not_shown(tokenizer, text: str, stop: tuple[str, ...], shown: str) -> None:
+def test_a_stop_string_ends_the_answer_and_is_not_shown(
+    tokenizer, text: str, stop: tuple[str, ...], shown: str
+) -> None:
     cut = min((text.find(s) for s in stop if s in text), default=len(text))
     pieces, is_stopped = spoken(tokenizer, text, *stop)
     assert "".join(pieces) == text[:cut]

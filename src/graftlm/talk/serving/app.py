@@ -270,6 +270,11 @@ def _add_errors(app: FastAPI) -> None:
     async def failed(_: Request, __: AnswerFailed) -> Response:
         return JSONResponse(error_body("The model failed while answering.", "server_error"), 500)
 
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> Response:
+        """Only the answer: the framework raises the error again, for the guard to log where it came from."""
+        return JSONResponse(error_body("A fault of the server, not yours. Its log tells where.", "server_error"), 500)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         found = error.errors()[0]

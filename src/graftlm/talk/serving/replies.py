@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftlm.talk.serving.requests import ChatRequest
-from graftlm.talk.serving.speech import Ask, Piece, Said
+from graftlm.talk.serving.speech import Ask, Piece, Said, Scored
 
 
 @dataclass
@@ -119,12 +119,12 @@ class Shape:
         return self._text_scores(index, list(tokens))
 
     def _text_scores(self, index: int, tokens: list[Said]) -> dict[str, Any]:
-        spelled = [said.token.spelled.decode(errors="replace") for said in tokens]
+        spelled = [_spelled(said.token) for said in tokens]
         offsets = []
         for text in spelled:
             offsets.append(self._num_characters.setdefault(index, 0))
             self._num_characters[index] += len(text)
-        top = [{s.spelled.decode(errors="replace"): s.logprob for s in said.top} for said in tokens]
+        top = [{_spelled(scored): scored.logprob for scored in said.top} for said in tokens]
         return {
             "tokens": spelled,
             "token_logprobs": [said.token.logprob for said in tokens],
@@ -133,9 +133,16 @@ class Shape:
         }
 
 
+def _spelled(scored: Scored) -> str:
+    """A token as text; what is half a character is spelled in bytes, as OpenAI does, so that no two look alike."""
+    try:
+        return scored.spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in scored.spelled)
+
+
 def _chat_scores(said: Said) -> dict[str, Any]:
-    def shape(scored: Any) -> dict[str, Any]:
-        text = scored.spelled.decode(errors="replace")
-        return {"token": text, "logprob": scored.logprob, "bytes": list(scored.spelled)}
+    def shape(scored: Scored) -> dict[str, Any]:
+        return {"token": _spelled(scored), "logprob": scored.logprob, "bytes": list(scored.spelled)}
 
     return {**shape(said.token), "top_logprobs": [shape(scored) for scored in said.top]}
