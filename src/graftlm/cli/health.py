@@ -11,6 +11,7 @@ import typer
 
 from graftlm.cli.options import AsJson, Out
 from graftlm.cli.show import plain, show
+from graftlm.errors import UserError
 
 if TYPE_CHECKING:
     from graftlm.health.autopsy import Autopsy
@@ -38,6 +39,8 @@ def autopsy(
     from graftlm.health.autopsy import autopsy as look_at
     from graftlm.release.autopsy_page import write_autopsy
 
+    if out and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder.", "Give --out a folder.")
     found = look_at(run_or_log)
     folder = out or (run_or_log if found.is_run else None)
     page = write_autopsy(found, folder) if folder else None

@@ -59,8 +59,9 @@ class Course:
     @property
     def is_refused(self) -> bool:
         """Whether pre-flight stopped it before its first step."""
-        refused = any(finding.severity == "fatal" for finding in self.preflight)
-        return refused and self.state != "finished" and not self.log.records
+        has_doctor = self.asked is None or self.asked.stage.get("recovery") != "off"
+        is_grave = any(finding.severity == "fatal" for finding in self.preflight)
+        return has_doctor and is_grave and self.state != "finished" and not self.log.records
 
 
 def diagnose_course(course: Course, names: Names | None = None) -> None:

@@ -134,8 +134,9 @@ def own_and_abandoned(lines: Iterable[dict[str, Any]]) -> tuple[list[dict[str, A
 
 
 def read_metrics_log(path: Path) -> RunLog:
-    """A stage's `metrics.jsonl`, whole or still being written, empty where nothing was logged yet."""
-    own, attempts = own_and_abandoned(line for line in read_metrics(path) if isinstance(line, dict))
+    """A stage's `metrics.jsonl`, whole or still being written; empty where nothing was logged yet. Raises UserError."""
+    lines = read_metrics(path) if path.is_file() else []
+    own, attempts = own_and_abandoned(line for line in lines if isinstance(line, dict))
     log = RunLog(path.parent.name or path.name)
     try:
         log.abandoned = [[_record(line) for line in lines if line["event"] == "step"] for lines in attempts]
