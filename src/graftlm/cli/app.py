@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from graftlm.cli import data, machine, release, road, serve, talk, tokenizer
+from graftlm.cli import data, health, machine, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -51,6 +51,7 @@ app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
 app.command("eval")(talk.eval_verb)
 app.command("serve")(serve.serve)
+app.command("autopsy")(health.autopsy)
 app.command("doctor")(machine.doctor)
 
 
