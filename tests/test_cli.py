@@ -27,7 +27,7 @@ TEXTS = [
 ]
 VERBS = [
     ["run"], ["tokenizer", "graft"], ["tokenizer", "check"], ["tokenizer", "report"], ["expand"], ["data"], ["export"],
-    ["chat"], ["generate"], ["eval"], ["doctor"],
+    ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"],
 ]  # fmt: skip
 EXPAND_KEYS = {"num_rows_old", "num_rows_new", "max_old_logit_difference", "row_rms"}
 
@@ -109,7 +109,7 @@ def test_every_verb_is_known_here() -> None:
         (["chat", "m", "--json"], "--json belongs to --once", "Add --once"),
         (["chat", "m", "--once", "hi", "--top-p", "3"], "top_p is 3", "top_p"),
         (["chat", "no/where/at/all", "--once", "hi"], "no model folder no/where/at/all", "path"),
-        (["export", "nowhere", "--to", "gguf"], "GGUF files are not written yet", "--to hf"),
+        (["export", "nowhere", "--to", "gguf"], "nowhere is no run folder", "model folder"),
         (["export", "nowhere", "--to", "hf"], "nowhere is no run folder", "--out"),
     ],
 )

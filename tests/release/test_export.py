@@ -15,7 +15,7 @@ from graftlm.model.causal import load_causal, new_causal, save_causal
 from graftlm.model.lora import attach_lora, merge_lora
 from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
 from graftlm.model.tensors import source_of_folder, source_of_model
-from graftlm.release.export import export_adapter, export_model
+from graftlm.release.export import export_adapter, export_model, whole_or_absent
 from graftlm.text.dialogue import CARD, Conversation, Message, render
 from graftlm.text.tokenizer import load_tokenizer, train_base_tokenizer
 from graftlm.text.tokenizer.load import tokenizer_of_model
@@ -168,6 +168,29 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer, tmp_path):
 
 
 HISTORY = [("user", "write a task"), ("assistant", "a task"), ("user", "describe a request")]
+def test_an_export_is_whole_or_absent(tokenizer, tmp_path):
+    """Interrupted while it is written or checked, it leaves nothing; what an earlier kill left is cleared away."""
+    out, source = tmp_path / "out", source_of_model(small_model(tokenizer.num_pieces))
+    (tmp_path / ".out.unchecked").mkdir()
+    (tmp_path / ".out.unchecked" / "model.safetensors").write_bytes(b"half")
+
+    def interrupted(scratch):
+        export_model(source, tokenizer, CARD.jinja, scratch)
+        assert scratch.is_dir()
+        assert not out.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        whole_or_absent(out, interrupted)
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()  # an empty folder may be given
+    manifest = whole_or_absent(out, lambda scratch: export_model(source, tokenizer, CARD.jinja, scratch))
+    assert {path.name for path in out.iterdir()} == {*manifest.files, "manifest.json"}
+    with pytest.raises(UserError, match="already holds files"):
+        whole_or_absent(out, interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 FRAME = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n\n{}\n\n### Response:\n\n"

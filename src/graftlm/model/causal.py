@@ -54,6 +54,11 @@ def find_model(path_or_hub_id: str | Path) -> Path:
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise UserError(
+            f"{folder} is a GGUF file, which llama.cpp reads, and no model folder.",
+            "Give the run's folder or its N-model; with this file: llama-cli -m FILE --jinja -cnv.",
+        )
     if folder.exists() or not _HUB_ID.fullmatch(str(path_or_hub_id)):
         raise UserError(
             f"There is no model folder {path_or_hub_id}.", "Give the path of a folder, or a hub id NAME/MODEL."
