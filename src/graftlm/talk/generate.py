@@ -22,6 +22,7 @@ from graftlm.device import pick_device
 from graftlm.errors import UserError
 from graftlm.model.causal import check_ids, empty_causal, find_model, head_weight, load_causal
 from graftlm.run import DONE, RECIPE, say
+from graftlm.talk.layout import lay_out_for_talking
 from graftlm.talk.sampling import GREEDY, Draw, Sampling, draw_ids
 from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
@@ -246,6 +247,8 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     if on.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     model: Any = load_causal(folder, dtype)
+    if on.type == "cpu":
+        lay_out_for_talking(model)
     return Chatbot(model.to(on), tokenizer, chosen)
 
 
