@@ -1,8 +1,9 @@
 """Rows out of files: JSON, JSON lines, Parquet, CSV, plain text, folders of them, data sets of the hub.
 
-Owns file forms and where each row stands (`file:line`; Parquet and the hub have no lines, there the row's number).
-Does not know what a row means: `readers` makes dialogues of rows, `texts` plain texts. A file that is not
-whole is refused; a row that is not whole is handed on with its problem, so that it can be counted.
+Owns file forms and where each row stands (`file:line`; in a JSON array `file item N`; Parquet and the hub have no
+lines, there the row's number). Does not know what a row means: `readers` makes dialogues of rows, `texts` plain
+texts. A file that is not whole is refused; a row that is not whole is handed on with its problem, so that it can be
+counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.errors import UserError
-from graftlm.recipe import looks_like_hub_id
+from graftlm.recipe_values import looks_like_hub_id
 from graftlm.text.json_rows import json_array, json_lines
 from graftlm.text.lines import Row, documents, read_lines
 
@@ -55,7 +56,7 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
         raise UserError(
             f"{file} lies on this disk, and a split or config belongs to a hub data set.", "Leave them out."
         )
-    if not file.exists() and looks_like_hub_id(str(path)) and file.suffix.lower() not in SUFFIXES:
+    if not file.exists() and looks_like_hub_id(str(path)):
         yield _hub_file(str(path), split, config)
     elif file.is_dir():
         found = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())

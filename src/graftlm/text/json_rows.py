@@ -1,6 +1,7 @@
 """Rows out of JSON: one a line, or the elements of one array.
 
-Owns bounds on hostile JSON and where an element stands. Does not know what a row means.
+Owns bounds on hostile JSON and how a row is named: `file:line`, in an array `file item N`. Does not know what a row
+means.
 """
 
 from __future__ import annotations
@@ -73,18 +74,20 @@ def json_lines(path: Path) -> Iterator[Row]:
 
 
 def json_array(path: Path) -> Iterator[Row]:
-    """The elements of one JSON array, each where it begins; one object is one row. Raises UserError: not whole."""
+    """The elements of one JSON array, by their number from 1; one object is one row. Raises UserError: not whole.
+
+    An array is often written on a single line: of its elements the number says where, a line would not.
+    """
     text = "\n".join(read_lines(path))
     decoder = _Decoder()
-    line, position, counted = 1, _next(text, 0), 0
+    position, number, begin = _next(text, 0), 0, 0
     is_array = text[position : position + 1] == "["
     position = _next(text, position + is_array)
     is_done = is_array and text[position : position + 1] == "]"
     try:
         while position < len(text) and not is_done:
-            line += text.count("\n", counted, position)
-            counted = position
-            row, position = decoder.element(f"{path}:{line}", text, position)
+            number, begin = number + 1, position
+            row, position = decoder.element(f"{path} item {number}" if is_array else f"{path}:1", text, position)
             yield row
             position = _next(text, position)
             found = text[position : position + 1]
@@ -99,7 +102,9 @@ def json_array(path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         what = "JSON nested too deeply" if isinstance(error, RecursionError) else f"not whole JSON ({error})"
         fix = "Mend the file, or give one row a line as .jsonl: then a broken row is left out and counted."
-        raise UserError(f"{path}:{line}: {what}.", fix) from None
+        line = 1 + text.count("\n", 0, begin)
+        item = f" item {number}:" if is_array and number else ""
+        raise UserError(f"{path}:{line}:{item} {what}.", fix) from None
 
 
 def _next(text: str, position: int) -> int:
