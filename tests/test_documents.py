@@ -2,7 +2,7 @@
 
 Run for real on a tiny model: tokenizer, expand, data, generate, eval, doctor, chat --once, and the guide's Python.
 Checked without running: `make` (the target is there), `run` (recipe and overrides validate; the road itself has its
-own tests), `export` and a chat of many turns (verb and flags parse).
+own tests), `export`, `autopsy`, `serve` and a chat of many turns (verb and flags parse).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_every_command_runs_or_would(
         assert left.value.code == 0, capsys.readouterr().err
         assert capsys.readouterr().out.strip()
     else:
-        assert verb in ("export", "chat", "serve"), f"say how this is tested: {shlex.join(command)}"
+        assert verb in ("export", "chat", "autopsy", "serve"), f"say how this is tested: {shlex.join(command)}"
         parsed = typer.main.get_command(app).commands[verb].make_context(verb, list(rest))
         assert parsed.params
 
