@@ -20,6 +20,7 @@ from graftlm.errors import UserError
 from graftlm.pipeline import due_steps, export_run, run_recipe
 from graftlm.recipe import Recipe
 from graftlm.recipe_file import load_recipe
+from graftlm.release.card import card_text
 from graftlm.run import read_json, read_metrics
 
 STEPS = [
@@ -85,6 +86,11 @@ def test_the_run_folder_tells_what_was_done(finished: Path) -> None:
         assert facts["peak_memory_bytes"] > 0
         assert facts["num_steps"] == facts["num_updates"] > 0
         assert not (run / stage / "checkpoints").exists()
+        assert "core" in facts["machine"]
+    card = (run / "6-model" / "README.md").read_text(encoding="utf-8")
+    assert card == card_text(run)
+    assert "## 中文" in card
+    assert (run / "6-model" / "curves.svg").is_file()
     first_loss = read_json(run / "2-base" / "grow.json")["first_loss"]
     assert {"uniform", "old_text", "new_text", "new_text_new_targets"} <= first_loss.keys()
     resolved = read_json(run / "recipe.json")
@@ -306,8 +312,10 @@ def in_little_room(limit_bytes: int, recipe: Path, run: Path) -> None:
 def test_a_finished_run_is_exported_both_ways_and_an_unfinished_one_is_not(
     finished: Path, run: Path, half_way: Path, tmp_path: Path
 ) -> None:
-    for to, names in (("hf", ["config.json"]), ("adapter", ["adapter", "base"])):
-        export_run(run, to, tmp_path / to)
+    written = (("hf", ["config.json", "README.md"]), ("adapter", ["adapter", "base"]), ("gguf", ["tiny-f16.gguf"]))
+    for to, names in written:
+        manifest = export_run(run, to, tmp_path / to)
+        assert all((tmp_path / to / name).is_file() for name in manifest.files)
         assert {path.name for path in (tmp_path / to).iterdir()} >= set(names)
         with pytest.raises(UserError, match="already holds files"):
             export_run(run, to, tmp_path / to)

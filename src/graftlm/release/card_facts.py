@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlm.recipe import looks_like_hub_id
+from graftlm.recipe_values import looks_like_hub_id
 from graftlm.release.record import RunRecord, StageRecord
 
 Told = tuple[str, str]
@@ -219,8 +219,8 @@ def machines(run: RunRecord) -> list[str]:
 
 
 def total_seconds(run: RunRecord) -> float:
-    """Time of all finished steps."""
-    return sum(done["seconds"] for done in run.done.values())
+    """Time of the steps that make the model; judging it and telling of it come after."""
+    return sum(done["seconds"] for name, done in run.done.items() if not name.endswith(("-heldout", "-report")))
 
 
 def samples(run: RunRecord, num_each: int = 2) -> list[tuple[Told, str, str]]:
