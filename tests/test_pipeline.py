@@ -17,7 +17,7 @@ from tiny_recipe import write_tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm.errors import UserError
-from graftlm.pipeline import due_steps, export_run, run_recipe
+from graftlm.pipeline import due_steps, export_run, preflight_recipe, run_recipe
 from graftlm.recipe import Recipe
 from graftlm.recipe_file import load_recipe
 from graftlm.release.card import card_text
@@ -323,3 +323,18 @@ def test_a_finished_run_is_exported_both_ways_and_an_unfinished_one_is_not(
         export_run(half_way, "hf", tmp_path / "no")
     with pytest.raises(UserError, match="holds no recipe"):
         export_run(tmp_path, "hf", None)
+
+
+def test_preflight_looks_at_every_stage_and_trains_none(finished: Path, tmp_path: Path) -> None:
+    """Green on a recipe that trains, a finding on one that would not; what it made is kept by the run."""
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    trained = {path: path.stat().st_mtime_ns for path in run.glob("[45]-*/**/*") if path.is_file()}
+    green = preflight_recipe(changed(finished), run)
+    assert [f for f in green.findings if f["severity"] != "note"] == []
+    assert set(green.stages) == {"full", "lora"}
+    assert green.first_loss["new"] > green.first_loss["old"] > 0
+    assert green.headroom_bits is not None
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
+    found = preflight_recipe(changed(finished, "stages.lora.trains.alpha=4000"), run).findings
+    assert [(f["stage"], f["cause"], f["severity"]) for f in found] == [("lora", "adapter-push-high", "warning")]

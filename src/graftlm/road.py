@@ -16,6 +16,8 @@ import torch
 
 from graftlm.device import DTYPES, pick_device
 from graftlm.errors import UserError
+from graftlm.health.finding import Finding
+from graftlm.health.preflight import Look
 from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import expand_model
@@ -26,6 +28,7 @@ from graftlm.release.gguf_file import Quantization
 from graftlm.release.judge import answer_exact, judge_states
 from graftlm.release.merge import after_stage
 from graftlm.release.report import write_report
+from graftlm.run import DONE
 from graftlm.step import Step
 from graftlm.talk.generate import load_chatbot
 from graftlm.text.corpus import prepare_data, read_conversations
@@ -126,23 +129,32 @@ class Road:
     def _apply(self, model: Any, number: int) -> Any:
         return apply_stage(model, self.recipe.stages[number], self.stage_folder(number), self._tokenizer.first_new_id)
 
+    def look_at_stages(self) -> Iterator[tuple[str, Look, list[Finding]]]:
+        """The pre-flight of every stage, on the model as far as it is trained: name, what was seen, findings."""
+        model = load_causal(self.folder / "2-base")
+        for number, stage in enumerate(self.recipe.stages):
+            run = self._stage_run(number, model, self.stage_folder(number))
+            yield stage.name, *run.look()
+            model = run.untrained_model()
+            if (self.stage_folder(number) / DONE).is_file():
+                model = self._apply(model, number)
+
+    def _stage_run(self, number: int, model: Any, folder: Path) -> StageRun:
+        stage, tokenizer, data = self.recipe.stages[number], self._tokenizer, self.folder / "3-data"
+        rows = TokenRows.load(
+            data / ("text" if stage.objective == "text" else "train"),
+            tokenizer=tokenizer,
+            template_fingerprint=self._template.fingerprint,
+        )
+        held = {language: data / f"heldout-{language}" for language in LANGUAGES}
+        heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
+        return StageRun(model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id)
+
     def train_stage(self, number: int) -> Callable[[Step], Facts]:
         """The step that trains stage `number` (from 0)."""
 
         def work(step: Step) -> Facts:
-            stage = self.recipe.stages[number]
-            tokenizer = self._tokenizer
-            data = self.folder / "3-data"
-            rows = TokenRows.load(
-                data / ("text" if stage.objective == "text" else "train"),
-                tokenizer=tokenizer,
-                template_fingerprint=self._template.fingerprint,
-            )
-            held = {language: data / f"heldout-{language}" for language in LANGUAGES}
-            heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
-            training = StageRun(
-                self.model_before(number), stage, rows, heldout, step.folder, self.device, tokenizer.first_new_id
-            )
+            training = self._stage_run(number, self.model_before(number), step.folder)
             training.run()
             facts = training.facts()
             self._in_hand = (number + 1, training.finished_model())
@@ -200,7 +212,7 @@ class Road:
     def check_stages_done(self) -> None:
         """Refuse a run whose training has not ended. Raises UserError."""
         for number in range(len(self.recipe.stages)):
-            if not (self.stage_folder(number) / "done.json").is_file():
+            if not (self.stage_folder(number) / DONE).is_file():
                 raise UserError(
                     f"Stage {self.recipe.stages[number].name} of {self.folder} is not finished.",
                     "Run its recipe again to continue it.",
@@ -210,7 +222,7 @@ class Road:
         """Held-out figures and samples at every stop of the road."""
         section = self.recipe.report
         judge_states(
-            self._states(), self._heldout_conversations(), self._template, self.device,
+            self._states(), 3 + len(self.recipe.stages), self._heldout_conversations(), self._template, self.device,
             section.num_samples, section.max_answer_tokens, step.folder,
         )  # fmt: skip
         return {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from graftlm.cli import data, health, machine, release, road, serve, talk, tokenizer
+from graftlm.cli import data, health, machine, preflight, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -39,6 +39,7 @@ tokenizer_app = typer.Typer(
 )
 
 app.command("run")(road.run)
+app.command("preflight")(preflight.preflight)
 app.add_typer(tokenizer_app, name="tokenizer")
 tokenizer_app.command("graft")(tokenizer.tokenizer_graft)
 tokenizer_app.command("check")(tokenizer.tokenizer_check)

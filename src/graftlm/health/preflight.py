@@ -47,8 +47,8 @@ class Look:
     `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives (old, new) rows by matrix,
     whether they learn or not; `bad_weight` is the first parameter that is not finite, with its row; `bad_row_id` a row
     of data with an id outside the vocabulary, -1 for none; `ends_right` whether any answer's last target is the end
-    token; `lora_factor` what the adapter is multiplied by, None without one. Where an id lies outside there was no
-    pass, and what it would have shown is empty.
+    token; `uniform_loss` is what knowing nothing costs, ln V; `lora_factor` what the adapter is multiplied by, None
+    without one. Where an id lies outside there was no pass, and what it would have shown is empty.
     """
 
     precision: str
@@ -56,6 +56,7 @@ class Look:
     peak_lr: float
     lora_factor: float | None
     num_vocab_rows: int
+    uniform_loss: float
     roles: Mapping[str, RoleNumbers]
     frozen: tuple[str, ...]
     row_rms: Mapping[str, tuple[float, float]]
@@ -71,11 +72,6 @@ class Look:
     bad_row_id: int
     is_dialogue: bool
     ends_right: bool
-
-    @property
-    def uniform_loss(self) -> float:
-        """What knowing nothing costs, in nats: ln V."""
-        return math.log(self.num_vocab_rows)
 
 
 def preflight(look: Look) -> list[Finding]:

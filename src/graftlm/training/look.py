@@ -53,6 +53,7 @@ def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, firs
         peak_lr=_adapter_rate(stage),
         lora_factor=_lora_factor(stage.trains),
         num_vocab_rows=num_vocab_rows,
+        uniform_loss=math.log(num_vocab_rows),
         roles={role: found for role, found in numbers.items() if found.num_tensors},
         frozen=tuple(_frozen(roles, stage.trains)),
         row_rms=_row_rms(model, first_new_id),

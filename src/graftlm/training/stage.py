@@ -22,8 +22,9 @@ from graftlm.device import (
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
+from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
-from graftlm.health.preflight import preflight
+from graftlm.health.preflight import Look, preflight
 from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.recipe import Stage
@@ -198,10 +199,20 @@ class StageRun:
         if self.is_stopping:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
-    def _look_before_the_first_step(self) -> None:
-        """Pre-flight. Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
+    def look(self) -> tuple[Look, list[Finding]]:
+        """The pre-flight of a stage not yet begun: what was seen, and the findings."""
         look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
-        findings = preflight(look)
+        return look, preflight(look)
+
+    def untrained_model(self) -> Any:
+        """The plain model as the stage found it: for a stage that was only looked at."""
+        model = restore_model(self.model, self.stage.trains, self.first_new_id)
+        attend_plain(model)
+        return model
+
+    def _look_before_the_first_step(self) -> None:
+        """Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
+        look, findings = self.look()
         write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
         for finding in findings:
             if finding.severity == "fatal" and self.stage.recovery != "off":
