@@ -8,7 +8,7 @@ import pytest
 
 from graftlm import run as run_module
 from graftlm.errors import DiskError, UserError
-from graftlm.run import Metrics, RunFolder, disk_errors, progress, read_json, read_metrics, write_json
+from graftlm.run import Metrics, ProgressShown, RunFolder, disk_errors, progress, read_json, read_metrics, write_json
 
 
 def refusal(folder: Path, name: str = "tiny") -> str:
@@ -124,5 +124,19 @@ def test_metrics_survive_a_half_written_line(tmp_path: Path) -> None:
 def test_progress_yields_everything_and_tells_time_left_without_a_terminal(monkeypatch, capsys) -> None:
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
-    assert list(progress("abcd", 4, "reading")) == list("abcd")
-    assert capsys.readouterr().err.splitlines() == ["reading: 2/4, 12 s left", "reading: 4/4, 0 s left"]
+    assert list(progress("abcde", 5, "reading")) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == ["reading: 2/5, 18 s left", "reading: 4/5, 6 s left"]
+
+
+def test_time_left_is_not_judged_by_what_came_before_the_first_thing(monkeypatch, capsys) -> None:
+    """A minute of preparation, then a second for each of a thousand things: never 16 hours left."""
+    clock = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    with ProgressShown("learning", 1000) as shown:
+        clock[0] = 60
+        for count in range(1, 1001):
+            shown.reach(count)
+            clock[0] += 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["learning: 1/1,000", "learning: 11/1,000, 16 min 29 s left"]
+    assert told[-1] == "learning: 991/1,000, 9 s left"

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 DONE = "done.json"
 SECONDS_BETWEEN_LINES = 10
+SECONDS_BEFORE_ESTIMATE = 5
+"""Work that must have been timed before time left is told."""
 RECIPE, LOCK = "recipe.json", ".lock"
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
@@ -46,12 +48,14 @@ def progress(items: Iterable[T], total: int | None, label: str) -> Iterator[T]:
 class ProgressShown:
     """Progress with time left: a bar in a terminal, gone when it is full, or a plain line every 10 s elsewhere.
 
-    `first` is what was done before, in an earlier process: time left is judged by what this one did.
+    `first` is what was done before, in an earlier process. Time left is judged by what this one did from the first
+    thing reached on: what comes before that one is often preparation, which says nothing about the rest.
     """
 
     def __init__(self, label: str, total: int | None, first: int = 0) -> None:
         self.label, self.total, self.first = label, total, first
-        self._started = self._last_told = time.monotonic()
+        self._last_told = time.monotonic()
+        self._timed_from: tuple[float, int] | None = None
         self._task: Any = None
 
     def __enter__(self) -> Self:
@@ -72,14 +76,24 @@ class ProgressShown:
             _bars().update(self._task, completed=count, note=note)
             return
         now = time.monotonic()
+        if self._timed_from is None and count > self.first:
+            self._timed_from = now, count
         if now - self._last_told < SECONDS_BETWEEN_LINES:
             return
         self._last_told = now
-        told = [f"{self.label}: {count}{f'/{self.total}' if self.total else ''}", note]
-        if self.total and count > self.first:
-            left = (now - self._started) / (count - self.first) * (self.total - count)
-            told.append(f"{duration(left)} left")
-        say(", ".join(filter(None, told)))
+        say(", ".join(filter(None, [f"{self.label}: {self._share(count)}", note, self._time_left(now, count)])))
+
+    def _share(self, count: int) -> str:
+        return f"{count:,}/{self.total:,}" if self.total else f"{count:,}"
+
+    def _time_left(self, now: float, count: int) -> str:
+        """Empty where the total is not known, all is done, or too little was timed to tell."""
+        if self._timed_from is None or not self.total or count >= self.total:
+            return ""
+        begin, first = self._timed_from
+        if count == first or now - begin < SECONDS_BEFORE_ESTIMATE:
+            return ""
+        return f"{duration(max(1, (now - begin) / (count - first) * (self.total - count)))} left"
 
 
 @functools.cache

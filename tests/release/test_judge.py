@@ -43,7 +43,7 @@ def test_every_state_is_judged_once_and_answers_the_same_questions(tokenizer: To
         "new": [said("new", f"write {n}", "a task") for n in range(4)],
         "old": [said("old", f"task {n}", "a request", "more", "of it") for n in range(3)],
     }
-    judge_states(states(), conversations, CARD, torch.device("cpu"), 2, 3, tmp_path)
+    judge_states(states(), 3, conversations, CARD, torch.device("cpu"), 2, 3, tmp_path)
     assert alive == ["base", "full", "model"]
     heldout = json.loads((tmp_path / "heldout.json").read_text())
     assert [state["state"] for state in heldout] == alive
@@ -68,7 +68,7 @@ class Parrot(Chatbot):
     def __init__(self) -> None:
         pass
 
-    def answer_many(self, conversations: Any, sampling: Sampling = Sampling()) -> list[Answer]:  # noqa: B008
+    def answer_many(self, conversations: Any, sampling: Sampling = Sampling(), label: str = "") -> list[Answer]:  # noqa: B008
         return [Answer(f" {c.messages[-1].content.split()[-1]} ", 1, 1) for c in conversations]
 
 

@@ -41,7 +41,7 @@ def test_the_loss_shown_is_smoothed_and_skipped_steps_are_only_counted(clock, ca
         see(replace(RECORD, step=2, loss=float("nan"), skipped=True))
         clock[0] += 20
         see(replace(RECORD, step=3, num_updates=2, loss=3.0))
-    assert capsys.readouterr().err == "lora: 3/4, loss 3.900, 90 tokens/s, 1 skipped, 7 s left\n"
+    assert capsys.readouterr().err == "lora: 3/4, loss 3.900, 90 tokens/s, 1 skipped, 10 s left\n"
 
 
 def test_in_a_terminal_it_is_a_bar_that_leaves_nothing_behind(monkeypatch, capsys) -> None:

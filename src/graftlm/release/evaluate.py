@@ -71,7 +71,12 @@ def evaluate_files(model: str, files: Sequence[str]) -> dict[str, Any]:
 
 
 def evaluate_conversations(
-    model: Any, tokenizer: Tokenizer, template: Template, conversations: Sequence[Conversation], device: torch.device
+    model: Any,
+    tokenizer: Tokenizer,
+    template: Template,
+    conversations: Sequence[Conversation],
+    device: torch.device,
+    label: str = "held-out",
 ) -> Figures:
     """Figures of a model on conversations, rendered with the model's own tokenizer; answers and their ends count."""
     builder = RowsBuilder(tokenizer.num_pieces)
@@ -87,7 +92,7 @@ def evaluate_conversations(
         )
     body: Any = body_of(model)
     attend_packed(body)
-    losses = heldout_losses(model, builder.rows(), Precision(torch.float32, device, None), BUDGET_TOKENS)
+    losses = heldout_losses(model, builder.rows(), Precision(torch.float32, device, None), BUDGET_TOKENS, label)
     attend_plain(model)
     return Figures(
         losses.bits_per_byte,

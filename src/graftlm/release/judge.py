@@ -17,7 +17,7 @@ import torch
 
 from graftlm.errors import UserError
 from graftlm.release.evaluate import evaluate_conversations
-from graftlm.run import say, write_json
+from graftlm.run import progress, say, write_json
 from graftlm.talk.generate import Chatbot, Sampling
 from graftlm.text.dialogue import Conversation, Message
 from graftlm.text.templates import Template
@@ -29,6 +29,7 @@ RULE = "in the order of the sha256 of their ids, one of each kind, at least one 
 
 def judge_states(
     states: Iterable[tuple[str, Any, Tokenizer]],
+    num_states: int,
     conversations: Mapping[str, Sequence[Conversation]],
     template: Template,
     device: torch.device,
@@ -55,12 +56,12 @@ def judge_states(
     heldout: list[dict[str, Any]] = []
     compression: dict[str, dict[str, Any]] = {}
     measured: set[str] = set()
-    for name, model, tokenizer in states:
+    for name, model, tokenizer in progress(states, num_states, "states judged"):
         say(f"held-out: {name}")
         heldout.append(_figures(name, model, tokenizer, template, conversations, device, heldout[:1]))
         if picked:
             answers = Chatbot(model, tokenizer, template).answer_many(
-                [_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens)
+                [_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens), f"samples, {name}"
             )
             for sample, answer in zip(samples, answers, strict=True):
                 sample["answers"][name] = answer.text
@@ -83,7 +84,9 @@ def _figures(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {"state": name}
     for language, said in conversations.items():
-        figures = asdict(evaluate_conversations(model, tokenizer, template, said, device))
+        figures = asdict(
+            evaluate_conversations(model, tokenizer, template, said, device, f"held-out, {name}, {language} language")
+        )
         before = first[0][language]["bits_per_byte"] if first else figures["bits_per_byte"]
         figures["change_percent"] = 100 * (figures["bits_per_byte"] / before - 1)
         state[language] = figures
@@ -112,7 +115,7 @@ def answer_exact(
         _question(line, f"{questions}:{n}") for n, line in enumerate(read_lines(Path(questions)), 1) if line.strip()
     ]
     asked = [_asked(Conversation(tuple(Message(m["role"], m["content"]) for m in row["messages"]))) for row in rows]
-    answers = chatbot.answer_many(asked, Sampling(max_new_tokens=max_answer_tokens))
+    answers = chatbot.answer_many(asked, Sampling(max_new_tokens=max_answer_tokens), "questions")
     kinds: dict[str, dict[str, Any]] = {}
     for row, answer in zip(rows, answers, strict=True):
         row["answer"] = answer.text

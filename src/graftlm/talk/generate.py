@@ -10,7 +10,7 @@ Shapes: B rows of a batch, P padded prompt length, V rows of the output head.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from graftlm.device import pick_device
 from graftlm.errors import UserError
 from graftlm.model.causal import check_ids, empty_causal, find_model, head_weight, load_causal
-from graftlm.run import DONE, RECIPE, say
+from graftlm.run import DONE, RECIPE, ProgressShown, say
 from graftlm.talk.layout import lay_out_for_talking
 from graftlm.talk.sampling import GREEDY, Draw, Sampling, draw_ids
 from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
@@ -154,12 +154,21 @@ class Chatbot:
         text = "".join(reply)
         return Answer(text, reply.prompt_tokens, reply.answer_tokens, reply.num_dropped_messages, reply.ending)
 
-    def answer_many(self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY) -> list[Answer]:
-        """Answers in the order of `conversations`, decoded in batches of similar length. Raises UserError."""
-        return self.answer_prompts([self.prompt(conversation, sampling) for conversation in conversations], sampling)
+    def answer_many(
+        self, conversations: Sequence[Conversation], sampling: Sampling = GREEDY, label: str = "answers"
+    ) -> list[Answer]:
+        """Answers in the order of `conversations`, decoded in batches of similar length; progress is shown as `label`.
 
-    def answer_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
-        """Answers to prompts already rendered, in their order."""
+        Raises UserError.
+        """
+        prompts = [self.prompt(conversation, sampling) for conversation in conversations]
+        with ProgressShown(label, len(prompts)) as shown:
+            return self.answer_prompts(prompts, sampling, shown.reach)
+
+    def answer_prompts(
+        self, prompts: Sequence[Prompt], sampling: Sampling, reach: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        """Answers to prompts already rendered, in their order; `reach` is told how many have ended."""
         answers: dict[int, Answer] = {}
         for places in _batches([len(prompt.ids) for prompt in prompts], sampling.max_new_tokens):
             texts = dict.fromkeys(places, "")
@@ -174,6 +183,8 @@ class Chatbot:
                         continue
                     counts[place] += 1
                     texts[place] += characters[place].take(token_id)
+                if reach is not None:
+                    reach(len(answers) + sum(ending == "end" for ending in endings.values()))
             for place in places:
                 prompt = prompts[place]
                 answers[place] = Answer(

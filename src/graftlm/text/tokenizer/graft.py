@@ -19,7 +19,7 @@ from graftlm.text.texts import read_texts
 from graftlm.text.tokenizer.byte_level import BytePair, append_merges, fold_characters, merges_of_words
 from graftlm.text.tokenizer.card import WHY_NO_FAST_FORM, graft_card
 from graftlm.text.tokenizer.inventory import filter_pieces, missing_characters, read_inventory
-from graftlm.text.tokenizer.learn import count_runs, learn_pieces, puts_spaces
+from graftlm.text.tokenizer.learn import WHY_FEWER, count_runs, learn_pieces, puts_spaces
 from graftlm.text.tokenizer.load import load_tokenizer
 from graftlm.text.tokenizer.proof import Proof, prove, prove_folder
 from graftlm.text.tokenizer.samples import make_texts, sample_real
@@ -126,7 +126,8 @@ def _learned(
     num_pieces = section.num_pieces or NUM_LEARNED_PIECES
     with_space = section.leading_space == "always" or (section.leading_space == "auto" and puts_spaces(texts, script))
     runs = count_runs(texts, script, with_space)
-    say(f"learning {num_pieces} pieces from {len(texts)} texts, {len(runs)} different runs of {'+'.join(script.names)}")
+    scripts = "+".join(script.names)
+    say(f"learning {num_pieces:,} pieces from {len(texts):,} texts, {len(runs):,} different runs of {scripts}")
     common = section.common_characters
     if common == "auto":
         has_room = script.is_han and num_pieces >= NUM_LEARNED_PIECES
@@ -205,9 +206,11 @@ def _add_notes(report: GraftReport, section: Section, new: Tokenizer) -> None:
             f"without the script ({changed / max(1, tried):.0%}) are now encoded differently. Only tokenizer.model is "
             f"written: {WHY_NO_FAST_FORM}."
         )
-    if report.mode == "continued" and report.num_new < (section.num_pieces or NUM_LEARNED_PIECES):
-        asked = section.num_pieces or NUM_LEARNED_PIECES
-        report.notes.append(f"{asked} pieces were asked for; the texts are worth {report.num_new}.")
+    asked = section.num_pieces or NUM_LEARNED_PIECES
+    if report.mode == "continued" and len(new.expansions) < asked:
+        left_out = f" {sum(report.dropped.values()):,} were left out, told under dropped." if report.dropped else ""
+        told = f"{asked:,} pieces were asked for and {len(new.expansions):,} learned: {WHY_FEWER}.{left_out}"
+        report.notes.append(told)
     if report.mode != "card":
         report.notes.append(
             f"Text without a character of the script {'+'.join(report.script)} is encoded as before. Other languages "

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftlm.errors import UserError
-from graftlm.run import progress
+from graftlm.run import progress, say
 from graftlm.text.tokenizer.merging import merge_words
 from graftlm.text.tokenizer.script import Script
 from graftlm.text.tokenizer.spelling import spell_runs
@@ -23,6 +23,9 @@ from graftlm.text.tokenizer.tokenizer import Tokenizer
 
 SPACED_SHARE = 0.2
 """Above this share of words that follow a space, the space belongs to the pieces."""
+
+
+WHY_FEWER = "nothing else that may be a piece occurs twice in the texts; more text gives more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ def learn_pieces(
             f"{num_pieces - budget} pieces are needed for the common characters alone, and {num_pieces} are asked for.",
             "Ask for more with --num-pieces (tokenizer.num_pieces), or for --common-characters none.",
         )
+    if budget < num_pieces:
+        say(f"{num_pieces - budget:,} of them go to common characters, {budget:,} to what saves most tokens")
     words, counts = spell_runs(base, runs, symbols.number)
     if first:
         words = _applied(words, first, symbols)
@@ -102,6 +107,9 @@ def learn_pieces(
             break
         merges.append((symbols.parts[merge.left], symbols.parts[merge.right]))
     best = sorted(worth, key=lambda part: (-worth[part], part))[: budget - len(merges)]
+    num_learned = len(merges) + len(best)
+    if num_learned < budget:
+        say(f"learned {num_learned:,} of {budget:,} pieces: {WHY_FEWER}")
     return Learned([*new_forced, *(part.decode() for part in best)], [*first, *merges])
 
 
