@@ -94,7 +94,7 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("seed: yes", "seed: expected a valid integer, found True"),
+        ("seed: yes", "seed: expected a whole number, found true"),
         ("seed: 010", "found '010'"),  # YAML 1.1: 8
         ("seed: 1:30", "found '1:30'"),  # YAML 1.1: 90
         ("seed: 1_000", "found '1_000'"),  # YAML 1.1: 1000
@@ -103,26 +103,43 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
         ("seed: " + "9" * 5000, "found '99999"),
         ("device: " + "x" * 5000, "x…"),
         ("export: {max_shard_gb: .inf}", "expected a finite number"),
-        ("export: {dtype: no}", "found False"),
-        ("name: ../../etc", "name: a name is made of small letters"),
-        ("name: [tiny]", "name: expected a valid string"),
-        ("name:", "found None"),
+        ("export: {dtype: no}", "export.dtype: expected fp32, bf16 or fp16, found false"),
+        ("name: ../../etc", "name: expected small letters, digits and hyphens, 41 at most"),
+        ("name: [tiny]", "name: expected text"),
+        ("name:", "found null"),
         ("stages: full", "stages: expected a list, found 'full'"),
         ("stages: {a: 1}", "stages: expected a list"),
-        ("stages: []", "stages: tuple should have at least 1 item"),
-        ("stages: [{name: ../x, trains: {kind: full}}]", "stages.0.name: a name is made of"),
-        ("stages: [{name: model, trains: {kind: full}}]", "named model, as a step of every run"),
-        ("stages: [{name: a, trains: {kind: full}}, {name: a, trains: {kind: full}}]", "two stages are named a"),
+        ("stages: []", "stages: expected at least 1 in the list"),
+        ("stages: [{name: ../x, trains: {kind: full}}]", "stages.0.name: expected small letters"),
+        ("stages: [{name: model, trains: {kind: full}}]", "stages.0.name: model is the name of a step of every run"),
+        (
+            "stages: [{name: a, trains: {kind: full}}, {name: a, trains: {kind: full}}]",
+            "stages.1.name: an earlier stage is named a",
+        ),
         ("stages: [{name: a, trains: full}]", "for example {kind: full}, found 'full'"),
         ("stages: [{name: a, trains: {rank: 3}}]", "stages.0.trains: kind is missing: full, lora or new-rows"),
         ("stages: [{name: a, trains: {kind: ful}}]", "stages.0.trains.kind: unknown kind 'ful'; did you mean full?"),
         ("stages: [{name: a, trains: {kind: full}, betas: [0.9]}]", "stages.0.betas.1 is missing"),
         ("stages: [{name: a, trains: {kind: full}, objective: text}]", "objective text needs data.text"),
-        ("stages: [{name: a, trains: {kind: full}, early_stop_after: 2}]", "give heldout_every too"),
-        ("stages: [{name: a, trains: {kind: full}, warmup_ratio: 0.1, warmup_steps: 3}]", "not both"),
+        (
+            "stages: [{name: a, trains: {kind: full}, early_stop_after: 2}]",
+            "stages.0.early_stop_after: it counts held-out readings",
+        ),
+        (
+            "stages: [{name: a, trains: {kind: full}, warmup_ratio: 0.1, warmup_steps: 3}]",
+            "stages.0.warmup_steps: warmup_ratio is given too",
+        ),
         ("tokeniser: {}", "unknown key tokeniser; did you mean tokenizer?"),
         ("<<: {seed: 1}", "unknown key <<"),
-        ("base: {}", "exactly one of model"),
+        ("base: {}", "base: give exactly one of model (a folder or hub id) and scratch, found neither"),
+        ("tokenizer: {}", "tokenizer.text: mode continued learns pieces from text"),
+        ("tokenizer: {mode: card}", "tokenizer.pieces: mode card takes an existing inventory"),
+        ("tokenizer: {text: [a.txt], script: [Hann]}", "script.0: Unicode knows no script 'Hann'; did you mean Han?"),
+        ("tokenizer: {text: [a.txt], max_piece_chars: x}", "expected a whole number or auto or none, found 'x'"),
+        ("grow: {head: similarity}", "grow.vectors: similarity needs a safetensors file"),
+        ("data: {sources: [{path: a.jsonl}]}", "data: give heldout files or heldout_rows"),
+        ("data: {sources: [{path: a.jsonl, script: Han}], heldout_rows: 1}", "min_script_share is missing"),
+        ("card: {license: Apache 2.0}", "such as apache-2.0, found 'Apache 2.0'"),
     ],
 )
 def test_each_mistake_says_what_was_found_and_expected(tmp_path: Path, line: str, told: str) -> None:
@@ -146,7 +163,8 @@ def test_overrides_name_stages_by_name_or_number(tmp_path: Path) -> None:
     assert "did you mean epochs?" in problem_of(path, "stages.lora.epoch=1")
     assert "section.key=value" in problem_of(path, "seed")
     assert "override a.b.c=1: unknown key a" in problem_of(path, "a.b.c=1")
-    assert "there is no 5 in that list" in problem_of(path, "stages.5.epochs=1")
+    assert "there is no 5 in stages; known: full, lora" in problem_of(path, "stages.5.epochs=1")
+    assert "override tokenizer.text.0.x=1: tokenizer.text.0 holds no keys" in problem_of(path, "tokenizer.text.0.x=1")
     for value in ("{", "*alias", "!!python/name:os.system x", "'"):
         assert "verride" in problem_of(path, f"device={value}")
 
@@ -154,7 +172,67 @@ def test_overrides_name_stages_by_name_or_number(tmp_path: Path) -> None:
 def test_both_mistakes_of_the_file_and_of_overrides_are_told(tmp_path: Path) -> None:
     problem = problem_of(write(tmp_path, GOOD + "sed: 1\n"), "stages.lora.epochs=none")
     assert "tiny.yaml:13: unknown key sed; did you mean seed?" in problem
-    assert "override stages.lora.epochs=none: stages.1.epochs: expected a valid number" in problem
+    assert "override stages.lora.epochs=none: stages.1.epochs: expected a number, found 'none'" in problem
+
+
+def test_every_mistake_of_overrides_is_told(tmp_path: Path) -> None:
+    wrong = ("stages.lorra.epochs=1", "tokenizer.num_pices=3", "stages.lora.epochs=x", "bar", "seed={")
+    problem = problem_of(write(tmp_path, GOOD), *wrong)
+    assert "5 mistakes" in problem
+    assert "override stages.lorra.epochs=1: there is no lorra in stages; did you mean lora?" in problem
+    assert all(f"override {one}: " in problem for one in wrong)
+
+
+def test_what_contradicts_is_told_beside_wrong_values_each_on_its_line(tmp_path: Path) -> None:
+    """P3: a wrong value in a section hides nothing else of it, nor of the whole."""
+    text = """\
+base: {model: owner/base, scratch: {text: [e.txt], training: {trains: {kind: full}, epochs: -1}}}
+tokenizer: {text: [zh.txt], script: [Hann], num_piece: 5}
+data: {sources: [{path: rows.jsonl, sampel: 3}]}
+stages:
+  - {name: full, trains: {kind: full}, epochs: x, seed: 1, seed: 2}
+  - {name: full, trains: {kind: lroa}, warmup_ratio: 0.1, warmup_steps: 3}
+"""
+    problem = problem_of(write(tmp_path, text), "seed=x")
+    told = [line.partition("tiny.yaml:")[2] for line in problem.splitlines()[2:]]
+    assert told == [
+        "1: base.scratch.training.epochs: expected a number above 0, found -1",
+        "1: base: give exactly one of model (a folder or hub id) and scratch, found both",
+        "2: tokenizer.script.0: Unicode knows no script 'Hann'; did you mean Han?",
+        "2: unknown key tokenizer.num_piece; did you mean num_pieces?",
+        "3: unknown key data.sources.0.sampel; did you mean sample?",
+        "3: data: give heldout files or heldout_rows: a run without held-out rows cannot be judged",
+        "5: the key seed stands here twice: keep one of them",
+        "5: stages.0.epochs: expected a number, found 'x'",
+        "6: stages.1.trains.kind: unknown kind 'lroa'; did you mean lora?",
+        "6: stages.1.warmup_steps: warmup_ratio is given too: choose one",
+        "6: stages.1.name: an earlier stage is named full too: give each its own name",
+    ]
+    assert "override seed=x: seed: expected a whole number, found 'x'" in problem
+
+
+def test_files_that_are_not_there_are_mistakes_where_asked(tmp_path: Path) -> None:
+    """Each with its line and the whole path looked for; an id of the hub is no path, a name with a file's ending is."""
+    text = GOOD.replace("path: rows.jsonl", "path: data/rows.jsonl").replace("rank: 4", "rank: x")
+    path = write(tmp_path, text.replace("num_pieces", "num_piece"))
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["tokenizer.common_characters=no.txt"], needs_files=True)
+    problem = caught.value.problem
+    assert "4 mistakes" in problem
+    assert f"tiny.yaml:3: tokenizer.text.0: there is no file or folder {tmp_path / 'zh.txt'}" in problem
+    assert f"tiny.yaml:5: data.sources.0.path: there is no file or folder {tmp_path / 'data' / 'rows.jsonl'}" in problem
+    assert f"there is no file or folder {tmp_path / 'no.txt'}" in problem
+    assert "tiny.yaml:12: stages.1.trains.rank: expected a whole number, found 'x'" in problem
+    for name in ("zh.txt", "rows.jsonl"):
+        write(tmp_path, "x", name)
+    assert load_recipe(write(tmp_path, GOOD), needs_files=True).base.model == "owner/base"
+
+
+def test_a_base_from_nothing_needs_no_name_of_its_training(tmp_path: Path) -> None:
+    text = GOOD.replace("model: owner/base", "scratch: {text: [e.txt], training: {trains: {kind: full}}}")
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.base.scratch is not None
+    assert recipe.base.scratch.training.name == "pretrain"
 
 
 def test_extends_merges_one_level(tmp_path: Path) -> None:
@@ -171,3 +249,6 @@ def test_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "tyni.yaml")
     assert "tiny.yaml" in caught.value.fix
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "other.yaml")
+    assert "Did you mean" not in caught.value.fix

@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftlm.errors import UserError
-from graftlm.recipe import Recipe, looks_like_hub_id
+from graftlm.recipe import Recipe
+from graftlm.recipe_values import looks_like_hub_id
 
 # Values of tokenizer.common_characters that are no file.
 NAMED_CHARACTERS = ("auto", "gb2312-1", "none")
-
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zip", ".model", ".safetensors", ".jinja")
 
 
 def inputs_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
@@ -37,15 +36,10 @@ def new_language_texts(recipe: Recipe) -> tuple[str, ...]:
     return recipe.tokenizer.text or dialogues
 
 
-def _is_hub_id(text: str) -> bool:
-    """Whether this can only be meant as an id on the hub: `data/rows.jsonl` has the form of one, yet names a file."""
-    return looks_like_hub_id(text) and Path(text).suffix not in FILE_SUFFIXES
-
-
 def check_inputs(recipe: Recipe) -> None:
     """Every local path of the recipe must exist before the first step: told all at once. Raises UserError."""
     paths = {path for named in inputs_of(recipe).values() for path in named}
-    missing = sorted(path for path in paths if not Path(path).exists() and not _is_hub_id(path))
+    missing = sorted(path for path in paths if not Path(path).exists() and not looks_like_hub_id(path))
     if missing:
         listed = "".join(f"\n  {path}" for path in missing)
         count = "a path that does" if len(missing) == 1 else f"{len(missing)} paths that do"

@@ -1,21 +1,21 @@
 """Mistakes of a recipe told so that a person can mend them: place, what was found, what was expected, nearest key.
 
-Owns the words. Does not know YAML: `recipe_file.py` says on which line every value stands.
+Owns the words, of recipes and of flags. Does not know YAML: `recipe_file.py` says on which line every value stands.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from graftlm.recipe import Recipe
+from graftlm.recipe_values import Place
 
-Place = tuple[str | int, ...]
 Lines = dict[Place, tuple[str, int]]
 """File and line of every value, by its keys; line 0 where the file is no file (an override)."""
 
@@ -23,14 +23,50 @@ SHOWN_CHARS = 60
 KINDS = ("full", "lora", "new-rows")
 
 
-def tell_mistakes(details: Sequence[ErrorDetails], lines: Lines, path: Path) -> list[str]:
-    """One line for each mistake, in the order of the file."""
-    told = []
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One mistake: the file (or override) and line it stands in, 0 where there is none, and what is told of it."""
+
+    file: str
+    line: int
+    told: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.told}" if self.line else f"{self.file}: {self.told}"
+
+
+def mistakes_of(details: Sequence[ErrorDetails], lines: Lines) -> list[Mistake]:
+    """What is wrong with the values of a recipe; `lines` holds at least the place of the whole, ()."""
+    found = []
+    for place, options in _by_place(details, Recipe).items():
+        file, line = next(lines[place[:length]] for length in range(len(place), -1, -1) if place[:length] in lines)
+        found += [Mistake(file, line, told) for told in _told(options, ".".join(map(str, place)), place)]
+    return found
+
+
+def flags_told(details: Sequence[ErrorDetails], section: type[BaseModel]) -> str:
+    """What is wrong with a section made of a command's flags, a line for each."""
+    found = []
+    for place, options in _by_place(details, section).items():
+        flag = f"--{str(place[0]).replace('_', '-')}" if place else ""
+        found += _told(options, flag, place)
+    return "\n".join(dict.fromkeys(found))
+
+
+def nearest(name: str, known: Iterable[Any]) -> str:
+    """The known name that was probably meant, else all there are; to end a sentence with."""
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
+
+
+def _by_place(details: Sequence[ErrorDetails], model: Any) -> dict[Place, list[ErrorDetails]]:
+    """Details by place: a value of several types is one mistake, though each type has its detail."""
+    found: dict[Place, list[ErrorDetails]] = {}
     for detail in details:
         if not _follows_from_another(detail, details):
-            place, key, file, line = _where(detail, lines, path)
-            told.append((line, f"{file}:{line}: " if line else f"{file}: ", _tell(detail, key, place)))
-    return list(dict.fromkeys(at + what for _, at, what in sorted(told, key=lambda one: one[0])))
+            found.setdefault(_place(detail, model), []).append(detail)
+    return found
 
 
 def _follows_from_another(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
@@ -41,75 +77,103 @@ def _follows_from_another(detail: ErrorDetails, details: Sequence[ErrorDetails])
     )
 
 
-def _where(detail: ErrorDetails, lines: Lines, path: Path) -> tuple[Place, str, str, int]:
-    """The place in the recipe, its dotted key, and the file and line of the nearest value that stands somewhere."""
-    place = tuple(part for part in detail["loc"] if part not in KINDS or len(detail["loc"]) == 1)
-    file, line = str(path), 0
-    for length in range(len(place), -1, -1):
-        if place[:length] in lines:
-            file, line = lines[place[:length]]
-            break
-    return place, ".".join(map(str, place)), file, line
+def _place(detail: ErrorDetails, model: Any) -> Place:
+    """Where a detail belongs: its location without what pydantic adds for the options of a union."""
+    place: list[str | int] = []
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            place.append(part)
+        elif isinstance(model, list):
+            model = _options_by_kind(model).get(part)
+        elif isinstance(model, type) and part in model.model_fields:
+            place.append(part)
+            model = _section_in(model.model_fields[part].annotation)
+        elif detail["type"] == "extra_forbidden":
+            place.append(part)
+    return tuple(place)
 
 
-def _tell(detail: ErrorDetails, key: str, place: Place) -> str:
-    kind, found, context = detail["type"], detail.get("input"), detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key {key}{_nearest(str(place[-1]), _known_keys(detail['loc'][:-1]))}"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "union_tag_invalid":
-        return f"{key}.kind: unknown kind {_short(context['tag'])}{_nearest(context['tag'], KINDS)}"
-    if kind == "union_tag_not_found":
-        return f"{key}: kind is missing: {_one_of(KINDS)}"
-    expected = _EXPECTED.get(kind) or _decapitalised(
-        detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    )
-    is_told = isinstance(found, Mapping | Sequence | BaseModel) and not isinstance(found, str)
-    value = "" if is_told or "found" in expected else f", found {_short(found)}"
-    return f"{key + ': ' if key else ''}{expected}{value}"
+def _told(options: Sequence[ErrorDetails], key: str, place: Place) -> list[str]:
+    """The lines to tell about one place."""
+    start = f"{key}: " if key else ""
+    told, expected, contradicted, value = [], [], [], ""
+    for detail in options:
+        kind, found, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+        if kind == "extra_forbidden":
+            told.append(f"unknown key {key}{nearest(str(place[-1]), _known_keys(detail['loc'][:-1]))}")
+        elif kind == "missing":
+            told.append(f"{key} is missing")
+        elif kind == "union_tag_invalid":
+            told.append(f"{key}.kind: unknown kind {_short(context['tag'])}{nearest(context['tag'], KINDS)}")
+        elif kind == "union_tag_not_found":
+            told.append(f"{key}: kind is missing: {_one_of(KINDS)}")
+        elif kind == "value_error":
+            contradicted.append(str(context["error"]))
+        else:
+            expected.append(_expected(kind, context, place))
+            is_plain = not isinstance(found, Mapping | Sequence | BaseModel) or isinstance(found, str)
+            value = f", found {_short(found)}" if is_plain else value
+    if expected:
+        contradicted = ["; ".join([f"expected {_one_of(expected)}{value}", *contradicted])]
+    return told + [start + what for what in contradicted]
 
 
+def _expected(kind: str, context: Mapping[str, Any], place: Place) -> str:
+    """What pydantic asks of a value, in a recipe's words."""
+    if kind.startswith("int_"):
+        return "a whole number"
+    if kind.startswith("float_"):
+        return "a number"
+    if kind == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if kind == "string_pattern_mismatch":
+        is_name = place[-1] == "name"
+        return "small letters, digits and hyphens, 41 at most" if is_name else "the hub's name of it, such as apache-2.0"
+    if kind == "too_short":
+        return f"at least {context['min_length']} in the list"
+    for bound, words in _BOUNDS.items():
+        if bound in context:
+            return f"a number {words} {context[bound]:g}"
+    return _EXPECTED[kind]
+
+
+_BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
 _EXPECTED = {
-    "model_type": "expected keys and values",
-    "model_attributes_type": "expected keys and values, for example {kind: full}",
-    "tuple_type": "expected a list",
-    "string_pattern_mismatch": "a name is made of small letters, digits and hyphens, 41 at most",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "model_attributes_type": "keys and values, for example {kind: full}",
+    "model_type": "keys and values",
+    "string_type": "text",
+    "tuple_type": "a list",
 }
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    """A value as YAML has it, and not much of it."""
+    names = {None: "null", True: "true", False: "false"}
+    text = names[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
 
 
-def _decapitalised(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
 def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _known_keys(location: Place) -> list[str]:
     """The keys of the section at `location`, followed through the models' annotations."""
     model: Any = Recipe
     for part in location:
-        if isinstance(part, int):
-            continue
-        if isinstance(model, type) and part in model.model_fields:
-            model = _section_in(model.model_fields[part].annotation)
-        elif isinstance(model, list):
-            kinds = {get_args(option.model_fields["kind"].annotation)[0]: option for option in model}
-            model = kinds.get(str(part), model[0])
+        if isinstance(model, list):
+            model = _options_by_kind(model).get(str(part), model[0])
+        elif isinstance(model, type) and part in model.model_fields:
+            model = _section_in(model.model_fields[str(part)].annotation)
     if isinstance(model, list):
         return sorted({key for option in model for key in option.model_fields})
     return list(model.model_fields) if isinstance(model, type) else []
+
+
+def _options_by_kind(options: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    return {get_args(option.model_fields["kind"].annotation)[0]: option for option in options}
 
 
 def _section_in(annotation: Any) -> Any:

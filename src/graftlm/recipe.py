@@ -7,52 +7,27 @@ section. First stop of the road: `load_recipe` hands the sections on.
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    ValidationInfo,
-    model_validator,
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationInfo
+
+from graftlm.recipe_values import (
+    Count,
+    Fraction,
+    Location,
+    NotNegative,
+    Number,
+    Place,
+    Positive,
+    ScriptName,
+    Section,
+    StageName,
+    resolve_path,
+    values_of,
 )
 
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def _not_bool(value: Any) -> Any:
-    # YAML reads `no` as false, and pydantic would go on to read false as 0.
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {str(value).lower()}")
-    return value
-
-
-def looks_like_hub_id(text: str) -> bool:
-    """Whether `text` has the form `owner/name` of a model or data set on the hub."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-
-
-def _resolve(value: Any, info: ValidationInfo) -> Any:
-    """Make a path relative to the recipe's folder absolute; leave hub ids as they are."""
-    if not isinstance(value, str):
-        return value
-    folder = (info.context or {}).get("folder")
-    candidate = Path(value).expanduser()
-    if candidate.is_absolute() or folder is None:
-        return value
-    from_recipe = Path(folder) / candidate
-    if looks_like_hub_id(value) and not from_recipe.exists():
-        return value
-    return str(from_recipe.resolve())
+Init = Literal["normal", "mean", "subpiece-mean", "subpiece-mean-norm", "similarity"]
 
 
 def _template(value: Any, info: ValidationInfo) -> Any:
@@ -60,19 +35,12 @@ def _template(value: Any, info: ValidationInfo) -> Any:
         return value
     if not value.endswith(".jinja"):
         raise ValueError(f"no template is called {value}: write card, alpaca, tokenizer, or the path of a .jinja file")
-    return _resolve(value, info)
+    return resolve_path(value, info)
 
 
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[StrictInt, Field(gt=0)]
-Location = Annotated[str, BeforeValidator(_resolve)]
-"""A local path (relative to the recipe's file) or a hub id."""
-
-StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")]
-Init = Literal["normal", "mean", "subpiece-mean", "subpiece-mean-norm", "similarity"]
+def _pretraining(value: Any) -> Any:
+    """Its folder is 0-scratch whatever its name, which only stands before its progress."""
+    return {"name": "pretrain", **value} if isinstance(value, Mapping) else value
 
 
 class Full(Section):
@@ -168,13 +136,13 @@ class Stage(Section):
     max_rollbacks: Count = 4
     seed: StrictInt = 0
 
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Stage:
-        if self.warmup_steps is not None and self.warmup_ratio:
-            raise ValueError("give warmup_ratio or warmup_steps, not both")
-        if self.early_stop_after is not None and self.heldout_every is None:
-            raise ValueError("early_stop_after counts held-out readings: give heldout_every too")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """One warm-up; early stopping needs readings."""
+        if given["warmup_steps"] is not None and given["warmup_ratio"]:
+            yield ("warmup_steps",), "warmup_ratio is given too: choose one"
+        if given["early_stop_after"] is not None and given["heldout_every"] is None:
+            yield ("early_stop_after",), "it counts held-out readings, and heldout_every is not given"
 
 
 class Scratch(Section):
@@ -190,7 +158,7 @@ class Scratch(Section):
     max_positions: Count = 1024
     tied: StrictBool = False
     row_tokens: Count = 128
-    training: Stage
+    training: Annotated[Stage, BeforeValidator(_pretraining)]
 
 
 class Base(Section):
@@ -199,11 +167,12 @@ class Base(Section):
     model: Location | None = None
     scratch: Scratch | None = None
 
-    @model_validator(mode="after")
-    def _one_of(self) -> Base:
-        if (self.model is None) == (self.scratch is None):
-            raise ValueError("give exactly one of model (a folder or hub id) and scratch")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """One of both."""
+        if (given["model"] is None) == (given["scratch"] is None):
+            found = "neither" if given["model"] is None else "both"
+            yield (), f"give exactly one of model (a folder or hub id) and scratch, found {found}"
 
 
 class Tokenizer(Section):
@@ -217,20 +186,20 @@ class Tokenizer(Section):
     mode: Literal["continued", "merge", "card", "keep"] = "continued"
     text: tuple[Location, ...] = ()
     pieces: Location | None = None
-    script: tuple[str, ...] = ("Han",)
+    script: tuple[ScriptName, ...] = ("Han",)
     num_pieces: Count | None = None
     max_piece_chars: Count | Literal["auto", "none"] = "auto"
     common_characters: Literal["auto", "gb2312-1", "none"] | Location = "auto"
     leading_space: Literal["auto", "always", "never"] = "auto"
     pad_piece: StrictBool = True
 
-    @model_validator(mode="after")
-    def _sources(self) -> Tokenizer:
-        if self.mode == "continued" and not self.text:
-            raise ValueError("mode continued learns pieces from text: give text")
-        if self.mode in ("merge", "card") and self.pieces is None:
-            raise ValueError(f"mode {self.mode} takes an existing inventory: give pieces")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """Pieces come from text or from an inventory."""
+        if given["mode"] == "continued" and not given["text"]:
+            yield ("text",), "mode continued learns pieces from text, and none is given"
+        if given["mode"] in ("merge", "card") and given["pieces"] is None:
+            yield ("pieces",), f"mode {given['mode']} takes an existing inventory, and none is given"
 
 
 class Grow(Section):
@@ -241,11 +210,11 @@ class Grow(Section):
     vectors: Location | None = None
     seed: StrictInt = 0
 
-    @model_validator(mode="after")
-    def _vectors(self) -> Grow:
-        if "similarity" in (self.embedding, self.head) and self.vectors is None:
-            raise ValueError("init similarity needs vectors: a safetensors file of auxiliary vectors by piece")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """Similarity is that of vectors."""
+        if "similarity" in (given["embedding"], given["head"]) and given["vectors"] is None:
+            yield ("vectors",), "similarity needs a safetensors file of auxiliary vectors by piece, and none is given"
 
 
 class Source(Section):
@@ -262,14 +231,18 @@ class Source(Section):
     split: str | None = None
     config: str | None = None
     simplify: StrictBool = False
-    script: str | None = None
+    script: ScriptName | None = None
     min_script_share: Fraction = 0.0
 
-    @model_validator(mode="after")
-    def _script(self) -> Source:
-        if bool(self.min_script_share) != (self.script is not None):
-            raise ValueError("script (the Unicode name of one, for example Han) and min_script_share go together")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """A share is one of a script."""
+        if bool(given["min_script_share"]) != (given["script"] is not None):
+            found = "script" if given["min_script_share"] else "min_script_share"
+            yield (
+                (),
+                f"script (for example Han) and min_script_share go together: {found} is missing",
+            )
 
 
 class Data(Section):
@@ -285,11 +258,12 @@ class Data(Section):
     near_duplicates: Annotated[Number, Field(gt=0, le=1)] | None = 0.9
     seed: StrictInt = 0
 
-    @model_validator(mode="after")
-    def _has_heldout(self) -> Data:
-        if not self.heldout and not self.heldout_rows:
-            raise ValueError("give heldout files or heldout_rows: a run without held-out rows cannot be judged")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """Something to be judged by."""
+        is_zero = given["heldout_rows"] == 0 and given["heldout_rows"] is not False  # `no` is told as no number
+        if not given["heldout"] and is_zero:
+            yield (), "give heldout files or heldout_rows: a run without held-out rows cannot be judged"
 
 
 class Export(Section):
@@ -330,18 +304,20 @@ class Recipe(Section):
     report: Report = Report()
     card: Card = Card()
 
-    @model_validator(mode="after")
-    def _stages(self) -> Recipe:
-        names = [stage.name for stage in self.stages]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two stages are named {', '.join(twice)}: give each its own name")
-        taken = sorted(STEP_NAMES.intersection(names))
-        if taken:
-            raise ValueError(f"a stage is named {taken[0]}, as a step of every run is: give it another name")
-        if any(stage.objective == "text" for stage in self.stages) and not self.data.text:
-            raise ValueError("a stage with objective text needs data.text")
-        learns_new_rows = any(isinstance(stage.trains, NewRows) for stage in self.stages)
-        if self.tokenizer.mode == "keep" and learns_new_rows:
-            raise ValueError("a new-rows stage needs new pieces, and tokenizer.mode keep adds none")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """Stages have names of their own, and find what they learn from."""
+        stages = given.get("stages")
+        stages = [values_of(stage) for stage in stages] if isinstance(stages, list | tuple) else []
+        names = [stage.get("name") for stage in stages]
+        for number, stage in enumerate(stages):
+            where, name = ("stages", number), stage.get("name")
+            if name is not None and name in names[:number]:
+                yield (*where, "name"), f"an earlier stage is named {name} too: give each its own name"
+            if isinstance(name, str) and name in STEP_NAMES:
+                yield (*where, "name"), f"{name} is the name of a step of every run: give the stage another"
+            if stage.get("objective") == "text" and not values_of(given.get("data")).get("text"):
+                yield (*where, "objective"), "a stage with objective text needs data.text"
+            trains = values_of(stage.get("trains")).get("kind")
+            if trains == "new-rows" and values_of(given.get("tokenizer")).get("mode") == "keep":
+                yield (*where, "trains"), "a new-rows stage needs new pieces, and tokenizer.mode keep adds none"

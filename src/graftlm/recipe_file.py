@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from graftlm.errors import UserError
-from graftlm.mistakes import Lines, Place, tell_mistakes
+from graftlm.mistakes import Lines, Mistake, flags_told, mistakes_of, nearest
 from graftlm.recipe import Recipe
+from graftlm.recipe_values import Place
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
@@ -27,28 +29,45 @@ S = TypeVar("S", bound=BaseModel)
 PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+@dataclass(slots=True)
+class _Source:
+    """What is known of a recipe's text beside its values: where each stands, and what cannot even be a value."""
+
+    lines: Lines = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = False) -> Recipe:
     """Read, extend, override and check a recipe.
 
     `overrides` are `section.key=value` texts; a stage is named by its name or number (`stages.lora.epochs=1`).
-    Paths in the file are relative to the file, paths in overrides to the working directory.
+    Paths in the file are relative to the file, paths in overrides to the working directory. With `needs_files` a
+    local path at which nothing lies is a mistake.
 
     Raises UserError naming every mistake at once, each with file and line and the nearest known key.
     """
     path = Path(path)
-    lines: Lines = {}
-    tree = _read_with_parent(path, lines)
+    source = _Source()
+    tree = _read_with_parent(path, source)
     for override in overrides:
-        _apply_override(tree, override, lines)
+        try:
+            _apply_override(tree, override, source)
+        except ValueError as error:
+            source.mistakes.append(Mistake(f"override {override}", 0, str(error)))
     tree.setdefault("name", path.stem)
+    mistakes = source.mistakes
     try:
-        return Recipe.model_validate(tree, context={"folder": str(path.resolve().parent)})
+        context = {"folder": str(path.resolve().parent), "needs_files": needs_files}
+        recipe = Recipe.model_validate(tree, context=context)
     except ValidationError as error:
-        told = tell_mistakes(error.errors(), lines, path)
-        count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
-        them = "them" if len(told) > 1 else "it"
-        fix = f"Mend {them} and run the same command again; docs/guide.md lists every key."
-        raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix) from None
+        mistakes += mistakes_of(error.errors(include_url=False), source.lines)
+    else:
+        if not mistakes:
+            return recipe
+    told = dict.fromkeys(map(str, sorted(mistakes, key=lambda one: one.line)))
+    count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
+    fix = f"Mend {'them' if len(told) > 1 else 'it'} and run the same command again; docs/guide.md lists every key."
+    raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix)
 
 
 def section_from_flags(section: type[S], flags: dict[str, Any]) -> S:
@@ -56,36 +75,34 @@ def section_from_flags(section: type[S], flags: dict[str, Any]) -> S:
     try:
         return section.model_validate(flags)
     except ValidationError as error:
-        told = []
-        for detail in error.errors():
-            flag = "--" + str(detail["loc"][0]).replace("_", "-") + ": " if detail["loc"] else ""
-            told.append(flag + detail["msg"].removeprefix("Value error, "))
-        raise UserError("\n".join(dict.fromkeys(told)), "Mend the flags; --help shows an example.") from None
+        told = flags_told(error.errors(include_url=False), section)
+        raise UserError(told, "Mend the flags; --help shows an example.") from None
 
 
-def _read_with_parent(path: Path, lines: Lines) -> dict[str, Any]:
-    tree = _read_yaml(path, lines)
+def _read_with_parent(path: Path, source: _Source) -> dict[str, Any]:
+    tree = _read_yaml(path, source)
     parent_name = tree.pop("extends", None)
     if parent_name is None:
         return tree
     if not isinstance(parent_name, str):
         raise UserError(f"{path}: extends must name one recipe file, found {parent_name!r}.", "Write extends: FILE.")
-    parent_lines: Lines = {}
+    above = _Source()
     parent_path = path.parent / parent_name
     if parent_path.resolve().parent != path.resolve().parent:
         raise UserError(
             f"{path} extends {parent_path}, which lies in another folder: relative paths would change meaning.",
             "Keep a recipe beside the one it extends.",
         )
-    parent = _read_yaml(parent_path, parent_lines)
+    parent = _read_yaml(parent_path, above)
     if "extends" in parent:
         raise UserError(
             f"{path} extends {parent_path}, which itself extends {parent['extends']}: one level is allowed.",
             f"Extend {parent['extends']} directly, or write the keys out.",
         )
     parent.pop("name", None)
-    for where, line in parent_lines.items():
-        lines.setdefault(where, line)
+    source.mistakes += above.mistakes
+    for where, line in above.lines.items():
+        source.lines.setdefault(where, line)
     return _merge(parent, tree)
 
 
@@ -97,13 +114,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
+def _read_yaml(path: Path, source: _Source) -> dict[str, Any]:
     if not path.is_file():
-        known = sorted(map(str, path.parent.glob("[!.]*.yaml"))) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
+        # Compared without what all of them have in common, their folder and their ending.
+        known = {other.stem: other for other in sorted(path.parent.glob("[!.]*.yaml"))}
+        near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.5)
         raise UserError(
             f"There is no recipe {path}.",
-            f"Did you mean {near[0]}?" if near else "Give the path of a YAML file; recipes/ holds examples.",
+            f"Did you mean {known[near[0]]}?" if near else "Give the path of a YAML file; recipes/ holds examples.",
         )
     size_bytes = path.stat().st_size
     if size_bytes > MAX_BYTES:
@@ -122,7 +140,7 @@ def _read_yaml(path: Path, lines: Lines) -> dict[str, Any]:
         raise UserError(f"{path}{line}: not YAML: {what}.", "Mend that line and run the same command again.") from None
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: expected `key: value` lines, found something else.", "recipes/ holds examples.")
-    return _build(node, (), path, lines)
+    return _build(node, (), path, source)
 
 
 def _compose(text: str, source: Path | str) -> yaml.Node | None:
@@ -144,25 +162,25 @@ def _compose(text: str, source: Path | str) -> yaml.Node | None:
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
-def _build(node: yaml.Node, where: Place, path: Path, lines: Lines) -> Any:
-    lines[where] = (str(path), node.start_mark.line + 1)
+def _build(node: yaml.Node, where: Place, path: Path, source: _Source) -> Any:
+    source.lines[where] = (str(path), node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                line = key_node.start_mark.line + 1
-                raise UserError(
-                    f"{path}:{line}: a key is one plain word, found a list or a mapping.", "Mend that line."
-                )
+                told = "a key is one plain word, found a list or a mapping"
+                source.mistakes.append(Mistake(str(path), line, told))
+                continue
             key = str(key_node.value)
             if key in built:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{path}:{line}: the key {key} stands here twice.", "Keep one of them.")
-            built[key] = _build(value_node, (*where, key), path, lines)
-            lines[(*where, key)] = (str(path), key_node.start_mark.line + 1)
+                source.mistakes.append(Mistake(str(path), line, f"the key {key} stands here twice: keep one of them"))
+                continue
+            built[key] = _build(value_node, (*where, key), path, source)
+            source.lines[(*where, key)] = (str(path), line)
         return built
     if isinstance(node, yaml.SequenceNode):
-        return [_build(item, (*where, index), path, lines) for index, item in enumerate(node.value)]
+        return [_build(item, (*where, index), path, source) for index, item in enumerate(node.value)]
     return _scalar(node)
 
 
@@ -175,35 +193,33 @@ def _scalar(node: yaml.Node) -> Any:
     return node.value
 
 
-def _apply_override(tree: dict[str, Any], override: str, lines: Lines) -> None:
+def _apply_override(tree: dict[str, Any], override: str, source: _Source) -> None:
+    """Put the value of one override into `tree`. Raises ValueError saying what is wrong with it."""
     where_text, equals, value_text = override.partition("=")
     if not equals or not where_text:
-        raise UserError(f"Override {override!r} is not of the form section.key=value.", "For example stages.0.epochs=1")
+        raise ValueError("it is not of the form section.key=value, for example stages.0.epochs=1")
     try:
         node = _compose(value_text, f"override {override}")
     except yaml.YAMLError as error:
         what = getattr(error, "problem", None) or "it is not YAML"
-        raise UserError(
-            f"Override {override!r}: {what}.", "Put quotes around a text with special characters."
-        ) from None
+        raise ValueError(f"{what}; put quotes around a text with special characters") from None
+    except UserError as error:
+        raise ValueError(error.problem.rpartition(": ")[2].rstrip(".")) from None
     here: Any = tree
     where: list[str | int] = []
     parts = where_text.split(".")
     for depth, part in enumerate(parts):
-        key = _key_in(here, part, override)
+        key = _key_in(here, part, ".".join(parts[:depth]))
         where.append(key)
         if isinstance(here, dict) and key not in here:
-            lines[tuple(where)] = (f"override {override}", 0)
+            source.lines[tuple(where)] = (f"override {override}", 0)
         if depth == len(parts) - 1:
-            value = _build(node, tuple(where), Path("command line"), lines) if node is not None else None
+            value = _build(node, tuple(where), Path("command line"), source) if node is not None else None
             here[key] = _from_working_directory(value)
-            lines[tuple(where)] = (f"override {override}", 0)
-        elif isinstance(here, dict):
-            if not isinstance(here.get(key), dict | list):
-                here[key] = {}
-            here = here[key]
-        else:
-            here = here[key]
+            source.lines[tuple(where)] = (f"override {override}", 0)
+        elif isinstance(here, dict) and not isinstance(here.get(key), dict | list):
+            here[key] = {}
+        here = here[key]
 
 
 def _from_working_directory(value: Any) -> Any:
@@ -215,13 +231,15 @@ def _from_working_directory(value: Any) -> Any:
     return value
 
 
-def _key_in(container: Any, part: str, override: str) -> str | int:
-    if not isinstance(container, list):
+def _key_in(container: Any, part: str, name: str) -> str | int:
+    """`part` as a key of what stands at `name`. Raises ValueError where it has none such."""
+    if isinstance(container, dict):
         return part
+    if not isinstance(container, list):
+        raise ValueError(f"{name} holds no keys")
     names = [item.get("name") if isinstance(item, dict) else None for item in container]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(container):
+    if part.isdecimal() and int(part) < len(container):
         return int(part)
-    known = ", ".join(str(name or index) for index, name in enumerate(names))
-    raise UserError(f"Override {override!r}: there is no {part} in that list.", f"It holds: {known}.")
+    raise ValueError(f"there is no {part} in {name}{nearest(part, (told or at for at, told in enumerate(names)))}")

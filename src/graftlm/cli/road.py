@@ -31,7 +31,7 @@ def run(
     """
     from graftlm.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), needs_files=True)
     from graftlm.pipeline import run_recipe
 
     result = run_recipe(loaded, out or Path("runs") / loaded.name)

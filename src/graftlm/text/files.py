@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.errors import UserError
-from graftlm.recipe import looks_like_hub_id
+from graftlm.recipe_values import looks_like_hub_id
 from graftlm.text.json_rows import json_array, json_lines
 from graftlm.text.lines import Row, documents, read_lines
 
@@ -56,7 +56,7 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
         raise UserError(
             f"{file} lies on this disk, and a split or config belongs to a hub data set.", "Leave them out."
         )
-    if not file.exists() and looks_like_hub_id(str(path)) and file.suffix.lower() not in SUFFIXES:
+    if not file.exists() and looks_like_hub_id(str(path)):
         yield _hub_file(str(path), split, config)
     elif file.is_dir():
         found = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.run import say
+from graftlm.script_names import NAMES
 from graftlm.text.texts import read_texts
 from graftlm.text.tokenizer.load import find_folder, load_tokenizer
 from graftlm.text.tokenizer.proof import other_engines, prove
 from graftlm.text.tokenizer.samples import MAX_TEXT_CHARS, make_texts
-from graftlm.text.tokenizer.script import NAMES, Script
+from graftlm.text.tokenizer.script import Script
 from graftlm.text.tokenizer.tokenizer import Tokenizer
 
 NUM_FUZZED_TEXTS = 2000

@@ -6,7 +6,6 @@ in a text that holds no character of the script? Does not know vocabularies.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,14 +13,8 @@ from pathlib import Path
 import regex
 
 from graftlm.errors import UserError
+from graftlm.script_names import is_script, nearest_script
 from graftlm.text.texts import read_lines
-
-NAMES = (
-    "Arabic", "Armenian", "Bengali", "Cyrillic", "Devanagari", "Ethiopic", "Georgian", "Greek", "Gujarati", "Gurmukhi",
-    "Han", "Hangul", "Hebrew", "Hiragana", "Kannada", "Katakana", "Khmer", "Lao", "Latin", "Malayalam", "Mongolian",
-    "Myanmar", "Oriya", "Sinhala", "Tamil", "Telugu", "Thai", "Tibetan",
-)  # fmt: skip
-"""Names offered when a script is misspelt; any Unicode script name works."""
 
 LONGEST_HAN_PIECE_CHARS = 4
 """Longer Chinese pieces are mostly templates of one corpus; the limit costs at most 1 % of compression on it."""
@@ -39,7 +32,9 @@ class Script:
         if not names:
             raise UserError("No script is named.", "Give --script, for example --script Han.")
         for name in names:
-            _check_name(name)
+            if not is_script(name):
+                fix = nearest_script(name)
+                raise UserError(f"Unicode knows no script {name!r}.", fix[:1].upper() + fix[1:])
         self.names = tuple(names)
         own = "[" + "".join(rf"\p{{Script={name}}}" for name in names) + "]"
         shared = "[" + "".join(rf"\p{{Script_Extensions={name}}}" for name in names) + "]"
@@ -105,17 +100,6 @@ def common_characters(name: str, script: Script) -> list[str]:
     else:
         found = [char for line in read_lines(Path(name)) for char in line]
     return list(dict.fromkeys(char for char in found if char and script.character.fullmatch(char)))
-
-
-def _check_name(name: str) -> None:
-    try:
-        if not regex.fullmatch(r"[A-Za-z_ ]+", name):
-            raise regex.error("no name")
-        regex.compile(rf"\p{{Script={name}}}")
-    except regex.error:
-        near = difflib.get_close_matches(name.capitalize(), NAMES, n=1)
-        fix = f"Did you mean {near[0]}?" if near else f"Write its Unicode name, for example {', '.join(NAMES[:5])}."
-        raise UserError(f"Unicode knows no script {name!r}.", fix) from None
 
 
 _ASSIGNED = regex.compile(r"\P{Cn}")
