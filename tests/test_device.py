@@ -1,10 +1,12 @@
 """Precision: the loss scale follows its table, non-finite steps touch nothing, memory and threads as asked."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from graftlm import device
 from graftlm.device import LossScaler, Precision, forget_peak_memory, num_cores, peak_memory_bytes, use_all_cores
 from graftlm.errors import NumericalStop
 
@@ -106,6 +108,15 @@ def test_peak_memory_is_that_since_it_was_forgotten() -> None:
     del large
     forget_peak_memory(cpu)
     assert peak_memory_bytes(cpu) <= held
+
+
+def test_memory_that_caches_would_give_back_is_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 8000 kB\n")
+    monkeypatch.setattr(device, "Path", lambda _: told)
+    assert device.available_memory_bytes() == 8000 * 1024
+    told.write_text("MemTotal: 9000 kB\n")
+    assert device.available_memory_bytes() > 0
 
 
 def test_non_finite_step_leaves_weights_untouched() -> None:

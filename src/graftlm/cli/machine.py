@@ -13,20 +13,21 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: graftlm doctor
     """
-    import os
     import shutil
 
     import torch
 
-    from graftlm.device import fastest_precision, num_cores
+    from graftlm.device import available_memory_bytes, fastest_precision, num_cores
     from graftlm.run import versions
 
-    memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     devices: dict[str, Any] = {
         "cpu": {"cores": num_cores(), **_precisions(fastest_precision(torch.device("cpu")))},
         **{f"cuda:{index}": _gpu(index) for index in range(torch.cuda.device_count())},
     }
-    free = {"disk_gib": round(shutil.disk_usage(".").free / 2**30, 1), "memory_gib": round(memory_bytes / 2**30, 1)}
+    free = {
+        "disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "memory_gib": round(available_memory_bytes() / 2**30, 1),
+    }
     show({"versions": versions(), "devices": devices, "free": free}, as_json)
 
 
