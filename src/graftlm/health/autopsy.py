@@ -95,13 +95,13 @@ def autopsy(path: str | Path) -> Autopsy:
         if run is not None:
             return Autopsy(path, run.name, _courses(run), is_run=True)
         if (path / METRICS).is_file() or (path / PREFLIGHT).is_file():
-            return Autopsy(path, path.absolute().name, [_stage_course(path, _run_in(path.absolute().parent))])
+            return Autopsy(path, path.resolve().name, [_stage_course(path, _run_in(path.absolute().parent))])
         if not (path / TRAINER_STATE).is_file():
             raise UserError(f"{path} is no run: it holds no {RECIPE} and no {METRICS}.", _GIVE)
         path = path / TRAINER_STATE
     log = read_log(path)
     if path.name == METRICS:
-        folder = path.absolute().parent
+        folder = path.resolve().parent
         return Autopsy(path, log.name, [_stage_course(folder, _run_in(folder.parent))])
     course = Course(log.name, log)
     diagnose_course(course)
@@ -189,7 +189,7 @@ def _courses(run: _Run) -> list[Course]:
 
 def _stage_course(folder: Path, run: _Run | None) -> Course:
     log = read_metrics_log(folder / METRICS)
-    course = Course(folder.absolute().name, log, "unfinished")
+    course = Course(folder.resolve().name, log, "unfinished")
     if (folder / DONE).is_file():
         course.state = "finished"
     elif log.ending:
