@@ -208,17 +208,18 @@ def test_eval_refuses_files_without_answers(run: Run, base: Path, tmp_path: Path
 
 def test_tokenizer_graft_then_expand(run: Run, base: Path, tmp_path: Path) -> None:
     text = tmp_path / "zh.txt"
-    text.write_text("今天天气很好\n" * 30, encoding="utf-8")
+    text.write_text("小猫睡在河边\n" * 30, encoding="utf-8")
     code, out, _ = run("tokenizer", "graft", "--base", base, "--text", text, "--num-pieces", "4",
                        "--out", tmp_path / "grafted", "--json")  # fmt: skip
     assert code == 0
     assert json.loads(out)["expand_violations"] == 0
     flags = ("expand", "--model", base, "--tokenizer", tmp_path / "grafted", "--out", tmp_path / "grown")
-    code, out, _ = run(*flags, "--init", "mean", "--head-init", "normal", "--seed", "3", "--json")
+    code, out, _ = run(*flags, "--init", "mean", "--head-init", "normal", "--seed", "3", "--text", text, "--json")
     report = json.loads(out)
     assert code == 0
     assert report.keys() >= EXPAND_KEYS
     assert (report["embedding_init"], report["head_init"]) == ("mean", "normal")
+    assert report["first_loss"].keys() >= {"uniform", "old_text", "new_text", "new_text_new_targets"}
     assert read_model_config(tmp_path / "grown")["vocab_size"] == report["num_rows_new"]
     code, _, err = run(*flags)
     assert code == 2
@@ -226,6 +227,9 @@ def test_tokenizer_graft_then_expand(run: Run, base: Path, tmp_path: Path) -> No
     code, _, err = run(*flags[:-1], tmp_path / "other", "--init", "nonsense")
     assert code == 2
     assert "No initialisation is called 'nonsense'" in err
+    (tmp_path / "blank.txt").write_text("\n \n")
+    code, _, err = run(*flags[:-1], tmp_path / "other", "--text", tmp_path / "blank.txt")
+    assert (code, "blank.txt: no text but blanks" in err) == (2, True)
 
 
 def test_doctor_tells_versions_devices_and_room(run: Run) -> None:

@@ -6,7 +6,6 @@ is due (`pipeline.py`) or how any room works. Sees the whole recipe, which only 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from graftlm.health.finding import Finding
 from graftlm.health.preflight import Look
 from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
-from graftlm.model.grow import expand_model
+from graftlm.model.grow import NUM_NEW_TEXTS, expand_model
 from graftlm.model.tensors import TensorSource, source_of_folder
 from graftlm.recipe import Lora, Recipe
 from graftlm.release.export import Also, Manifest, export_adapter, export_gguf, export_model
@@ -35,13 +34,12 @@ from graftlm.text.corpus import prepare_data, read_conversations
 from graftlm.text.dialogue import Conversation
 from graftlm.text.rows import TokenRows
 from graftlm.text.templates import Template, find_template
-from graftlm.text.texts import read_texts
+from graftlm.text.texts import first_texts
 from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
 from graftlm.training.scratch import build_scratch_base
 from graftlm.training.stage import StageRun, apply_stage, attach_stage
 
 LANGUAGES: tuple[Literal["new", "old"], ...] = ("new", "old")
-NUM_NEW_TEXTS = 16
 
 Facts = dict[str, Any]
 """Small values a step leaves in its done mark."""
@@ -102,14 +100,9 @@ class Road:
             head_init=grow.head,
             vectors=grow.vectors,
             seed=grow.seed,
-            new_texts=self._new_texts(),
+            new_texts=first_texts(new_language_texts(self.recipe), NUM_NEW_TEXTS),
         )
         return {}
-
-    def _new_texts(self) -> list[str]:
-        """The first texts of the new language, to tell the grown base's first loss on new pieces by."""
-        texts = (text for path in new_language_texts(self.recipe) for text in read_texts(path))
-        return list(itertools.islice((text for text in texts if text.strip()), NUM_NEW_TEXTS))
 
     def prepare_data(self, step: Step) -> Facts:
         """Step 3: rows to learn from and to be judged by."""

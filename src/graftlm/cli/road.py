@@ -10,6 +10,7 @@ import typer
 
 from graftlm.cli.options import AsJson, Out, OutNeeded, check_new_folder
 from graftlm.cli.show import show
+from graftlm.errors import UserError
 
 INITS = "normal, mean, subpiece-mean, subpiece-mean-norm or similarity"
 
@@ -71,6 +72,9 @@ def expand(
     vectors: Annotated[
         Path | None, typer.Option(help="Auxiliary vectors by piece (safetensors), for similarity.")
     ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text of the new language: tells the first loss on it, by kind of token.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the rows drawn by chance.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +82,12 @@ def expand(
 
     Example: graftlm expand --model base/ --tokenizer grafted/ --out grown/
     """
-    from graftlm.model.grow import expand_model
+    from graftlm.model.grow import NUM_NEW_TEXTS, expand_model
+    from graftlm.text.texts import first_texts
 
     check_new_folder(out)
-    show(expand_model(model, tokenizer, init, out, head_init=head_init, vectors=vectors, seed=seed), as_json)
+    texts = first_texts(text or (), NUM_NEW_TEXTS)
+    if text and not texts:
+        raise UserError(f"{', '.join(map(str, text))}: no text but blanks.", "Give --text files of the new language.")
+    report = expand_model(model, tokenizer, init, out, head_init=head_init, vectors=vectors, seed=seed, new_texts=texts)
+    show(report, as_json)

@@ -43,6 +43,8 @@ PROOF_TEXTS = (
     'In 1969, "Apollo 11" landed on the Moon; 3.14159 is close to pi, and 12 + 30 = 42.',
     "Question: why is the sky blue?\n\nAnswer: because air scatters short waves more than long ones.",
 )
+NUM_NEW_TEXTS = 16
+"""Texts of the new language that suffice to tell the first loss on new pieces by."""
 _NUM_RANDOM_IDS = 128
 _MAX_TEXT_TOKENS = 256
 
@@ -99,7 +101,7 @@ def expand_model(
 ) -> GrowReport:
     """Grow the model in folder `model` to the grafted `tokenizer` and write both, with grow.json, into `out`.
 
-    The model keeps its dtype. Raises UserError when the tokenizer does not extend the model's own.
+    The model keeps its dtype. `new_texts` of the new language tell its first loss. Raises UserError when the tokenizer does not extend the model's own.
     """
     folder = find_model(model)
     old_tokenizer, new_tokenizer = load_tokenizer(folder), load_tokenizer(tokenizer)

@@ -6,7 +6,8 @@ newlines. File forms lie in `files.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def read_texts(path: str | Path) -> Iterator[str]:
             yield _said(row.value)
 
 
+def first_texts(paths: Iterable[str | Path], number: int) -> list[str]:
+    """The first `number` texts of the files that are not blank. Raises UserError as `read_texts`."""
+    return list(islice((text for path in paths for text in read_texts(path) if text.strip()), number))
+
+
 def _said(row: Any) -> str:
     """Every string of a row that is text and not a label, joined by newlines; a stack, as rows may be nested deeply."""
     said: list[str] = []
@@ -45,4 +51,4 @@ def _said(row: Any) -> str:
     return "\n".join(filter(None, said))
 
 
-__all__ = ["read_lines", "read_texts"]
+__all__ = ["first_texts", "read_lines", "read_texts"]
