@@ -1,8 +1,8 @@
 """Watching the loss while it is made: damage that does not crash is told as soon as it shows.
 
 Owns two rules. The loss, smoothed by a median of ten steps, far above its best: the rule by which `curves.py` judges a
-finished run. And a held-out reading worse than before the first step. Pure state, saved with a checkpoint, so that a
-resumed run judges as an uninterrupted one.
+finished run. And a held-out reading worse than before the first step, while the training loss has not fallen either.
+Pure state, saved with a checkpoint, so that a resumed run judges as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,10 +46,16 @@ class LossWatch:
         return len(self.recent) == WINDOW and is_far_above(self.last, self.best, self.first)
 
     def see_heldout(self, loss: float) -> bool:
-        """Take in a held-out reading (nats per answer token); returns whether it is alarming."""
+        """Take in a held-out reading (nats per answer token); returns whether it is alarming.
+
+        Where the training loss fell all the same the stage learns its rows by heart: that is cured by keeping the best
+        weights, not by a lower rate.
+        """
         if math.isnan(self.heldout_first):
             self.heldout_first = loss
         self.heldout_best = min(self.heldout_best, loss)
+        if self.last < self.first:
+            return False
         is_worse_than_before = loss > self.heldout_first + WORSE_THAN_BEFORE
         return is_worse_than_before or is_far_above(loss, self.heldout_best, self.heldout_first)
 

@@ -1,7 +1,8 @@
 """Held-out readings in training: the best weights are kept, and training may stop when they no longer improve.
 
-Owns when to read, what counts as better (bits per byte in the new language, or the only one there is), the best
-weights on disk, and what of this must survive an interruption. Does not know steps or optimizers.
+Owns when to read, what counts as better (bits per byte in the new language, or the only one there is; the weights a
+stage of dialogues began with take part), the best weights on disk, and what of this must survive an interruption. Does
+not know steps or optimizers.
 """
 
 from __future__ import annotations
@@ -75,10 +76,16 @@ class HeldoutWatch:
             self.readings_since_best += 1
             return judged["loss_per_answer_token"]
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
-        if self.stage.keep == "best" and step > 0:
+        if self.stage.keep == "best" and (step > 0 or self._start_counts):
             save_checkpoint(step_folder(self.folder, step), Checkpoint({"weights": weights()}, {"step": step}))
             prune_checkpoints(self.folder, num_kept=1)
         return judged["loss_per_answer_token"]
+
+    @property
+    def _start_counts(self) -> bool:
+        """Whether the weights the stage began with may be the best. Not for texts: dialogues held out do not show what
+        they teach, and a stage judged by them alone would often be undone."""
+        return self.stage.objective == "dialogue"
 
     def best(self) -> Checkpoint | None:
         """The best weights and their step; None when the stage keeps its last ones or never got better."""

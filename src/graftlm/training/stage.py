@@ -332,6 +332,8 @@ class StageRun:
 
     def _keep_result(self) -> None:
         kept = self.watch.best()
+        if kept is not None and kept.values["step"] == 0:
+            say(f"{self.stage.name}: no held-out reading was better than before it; the weights it began with are kept")
         if kept is None:
             if self.stage.keep == "best" and self.watch.heldout:
                 say(f"{self.stage.name}: no held-out reading was better than before it; its last weights are kept")
