@@ -121,6 +121,28 @@ def test_long_prompts_are_read_in_parts(chatbot, run, monkeypatch) -> None:
     check_parity(chatbot, run(chatbot), DRAWN[:1])
 
 
+def test_what_others_have_read_is_not_read_again(chatbot, run) -> None:
+    """The frame of the template, and a whole prompt where several answers to it are wanted."""
+    sampling = Sampling(max_new_tokens=30)
+    listener = run(chatbot)
+    prompts = [chatbot.prompt(ask(question), sampling).ids for question in ("hello", "hello", "what is it?", "hello")]
+    asks = [Ask(ids, sampling) for ids in prompts]
+    texts, left = [""] * 4, threading.Semaphore(0)
+
+    def sink(piece: Piece | None) -> None:
+        assert piece is not None
+        texts[piece.index] += piece.text
+        if piece.finish:
+            left.release()
+
+    listener.engine.submit(asks, sink)
+    assert all(left.acquire(timeout=30) for _ in asks)
+    assert texts == [alone(chatbot, question, sampling).text for question in ("hello", "hello", "what is it?", "hello")]
+    frame = next(i for i, pair in enumerate(zip(prompts[0], prompts[2], strict=False)) if pair[0] != pair[1])
+    assert listener.engine.counts.prompt_tokens_shared == 2 * (len(prompts[0]) - 1) + frame
+    assert listener.engine.counts.prompt_tokens == sum(map(len, prompts))
+
+
 @pytest.mark.parametrize("config_class", [MistralConfig, Qwen2Config])
 def test_sliding_windows_hide_what_is_far(tokenizer, run, config_class) -> None:
     more: dict[str, Any] = {} if config_class is MistralConfig else {"use_sliding_window": True, "max_window_layers": 1}

@@ -80,6 +80,7 @@ class OwnBackend:
         counts = self.engine.counts
         return {
             "prompt_tokens_total": counts.prompt_tokens,
+            "prompt_tokens_shared_total": counts.prompt_tokens_shared,
             "answer_tokens_total": counts.answer_tokens,
             "steps_total": counts.steps,
             "answers_finished_total": counts.finished,

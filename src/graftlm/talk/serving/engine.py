@@ -31,6 +31,8 @@ MAX_ROWS = 64
 MAX_WAITING = 128
 # Tokens of prompts read between two steps of those who speak, padding included.
 READ_TOKENS = 512
+# Fewer tokens in common are sooner computed than copied.
+LEAST_SHARED = 16
 
 Sink = Callable[[Piece | None], None]
 HandOut = Callable[[list[tuple[Sink, Piece | None]]], None]
@@ -56,6 +58,7 @@ class Counts:
     """What the engine has done so far."""
 
     prompt_tokens: int = 0
+    prompt_tokens_shared: int = 0
     answer_tokens: int = 0
     steps: int = 0
     finished: int = 0
@@ -256,17 +259,38 @@ class Engine:
     def _readers(self, rows: list[_Row]) -> list[_Row]:
         """Who reads in this step: one with a long prompt, a part of it, or several with short ones, all of them."""
         chosen: list[_Row] = []
-        longest = 0
+        most = max((len(row.ids) for row in self._rows), default=0)  # places that are there
+        longest = last_start = 0
         for slot, row in enumerate(rows, start=self._num_speaking):
-            num_read = self._slots.length(slot)
-            longest = max(longest, len(row.ids) - num_read)
-            is_long = num_read > 0 or len(row.ids) > READ_TOKENS
-            if chosen and (is_long or longest * (len(chosen) + 1) > READ_TOKENS):
+            if self._slots.length(slot) == 0 and not self._begin(slot, row, chosen):
+                break
+            start = self._slots.length(slot)
+            longest, last_start = max(longest, len(row.ids) - start), max(last_start, start)
+            if chosen and (longest * (len(chosen) + 1) > READ_TOKENS or last_start + longest > most):
                 break
             chosen.append(row)
-            if is_long:
+            if longest > READ_TOKENS:
                 break
         return chosen
+
+    def _begin(self, slot: int, row: _Row, chosen: list[_Row]) -> bool:
+        """Take over what others have read of the same words: a template's frame, a prompt of several choices.
+
+        False: more of it is about to be read in this very step; better wait for that.
+        """
+        most = len(row.ids) - 1  # the last token must be read, for what follows it
+        soon = max((_num_shared(row.ids, other.ids, most) for other in chosen), default=0)
+        now, source = 0, slot
+        for place, other in enumerate(self._rows):
+            shared = _num_shared(row.ids, other.ids, min(most, self._slots.length(place)))
+            if shared > now:
+                now, source = shared, place
+        if soon >= now + LEAST_SHARED:
+            return False
+        if now >= LEAST_SHARED:
+            self._slots.begin_like(slot, source, now)
+            self.counts.prompt_tokens_shared += now
+        return True
 
     def _go_on(self, rows: list[_Row], first: int) -> None:
         """Let rows of neighbouring slots read what they have not read; those with nothing left say a token."""
@@ -348,6 +372,18 @@ class Engine:
 def _hand_out_here(events: list[tuple[Sink, Piece | None]]) -> None:
     for sink, piece in events:
         sink(piece)
+
+
+def _num_shared(ids: list[int], others: list[int], most: int) -> int:
+    """How many of the first `most` tokens are the same, found by halving."""
+    low, high = 0, min(most, len(ids), len(others))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ids[low:middle] == others[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _place_of(error: BaseException) -> str:

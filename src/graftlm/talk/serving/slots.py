@@ -82,6 +82,12 @@ class Slots:
             buffer_SKCD[target, :, :length] = buffer_SKCD[source, :, :length]
         self._lengths[target] = length
 
+    def begin_like(self, slot: int, source: int, num_tokens: int) -> None:
+        """Let an empty row begin with another's first tokens: their keys and values are copied, not computed."""
+        for buffer_SKCD in (*self._keys_SKCD, *self._values_SKCD):
+            buffer_SKCD[slot, :, :num_tokens] = buffer_SKCD[source, :, :num_tokens]
+        self._lengths[slot] = num_tokens
+
     def drop_last(self) -> None:
         """The last row leaves."""
         self._lengths.pop()
