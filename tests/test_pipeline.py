@@ -165,6 +165,19 @@ def test_missing_inputs_are_told_at_once_before_anything_is_made(finished: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_files_of_no_use_are_told_at_once_before_the_first_step(finished: Path, tmp_path: Path) -> None:
+    """A base may train for hours before the data step reads what is wrong; finished steps' files are not looked at."""
+    (tmp_path / "gbk.jsonl").write_bytes('{"instruction": "你好", "output": "好"}\n'.encode("gb18030"))
+    (tmp_path / "foreign.jsonl").write_text('{"frage": "a"}\n')
+    wrong = (f"data.heldout.0.path={tmp_path / 'foreign.jsonl'}", f"base.scratch.text.0={tmp_path / 'gbk.jsonl'}")
+    recipe = changed(finished, f"data.sources.0.path={tmp_path / 'gbk.jsonl'}", *wrong)
+    with pytest.raises(UserError, match="2 of the inputs are of no use") as error:
+        run_recipe(recipe, tmp_path / "run")
+    assert "gbk.jsonl:1: not UTF-8" in error.value.problem
+    assert "its format cannot be told from the fields frage" in error.value.problem
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     "lost",
     [

@@ -139,7 +139,7 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
         ("grow: {head: similarity}", "grow.vectors: similarity needs a safetensors file"),
         ("data: {sources: [{path: a.jsonl}]}", "data: give heldout files or heldout_rows"),
         ("data: {sources: [{path: a.jsonl, script: Han}], heldout_rows: 1}", "min_script_share is missing"),
-        ("card: {license: Apache 2.0}", "such as apache-2.0, found 'Apache 2.0'"),
+        ("card: {license: Apache 2.0}", "like apache-2.0, found 'Apache 2.0'"),
     ],
 )
 def test_each_mistake_says_what_was_found_and_expected(tmp_path: Path, line: str, told: str) -> None:

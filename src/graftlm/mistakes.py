@@ -128,7 +128,7 @@ def _expected(kind: str, context: Mapping[str, Any], place: Place) -> str:
         return str(context["expected"]).replace("'", "")
     if kind == "string_pattern_mismatch":
         is_name = place[-1] == "name"
-        return "small letters, digits and hyphens, 41 at most" if is_name else "the hub's name of it, such as apache-2.0"
+        return "small letters, digits and hyphens, 41 at most" if is_name else "the hub's name of it, like apache-2.0"
     if kind == "too_short":
         return f"at least {context['min_length']} in the list"
     for bound, words in _BOUNDS.items():

@@ -27,6 +27,7 @@ from graftlm.road import Facts, Road
 from graftlm.run import RECIPE, RunFolder, disk_errors, read_json, say
 from graftlm.step import STARTED, Order, Step, fingerprint, make_order
 from graftlm.talk.generate import model_of_run
+from graftlm.text.first_look import look_at_dialogues, look_at_lines, look_at_texts
 from graftlm.text.rows import FORMAT_VERSION
 
 EARLIER = "earlier"
@@ -62,6 +63,7 @@ def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
         walk = _Walk(recipe, run.folder)
         orders = walk.orders()
         walk.refuse_lost_training(orders)
+        walk.look_at_inputs(orders)
         run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
         try:
             result = walk.take_all(orders)
@@ -106,6 +108,7 @@ def preflight_recipe(recipe: Recipe, folder: Path) -> PreflightResult:
         walk = _Walk(recipe, run.folder)
         orders = walk.orders()
         walk.refuse_lost_training(orders)
+        walk.look_at_inputs(orders)
         run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
         walk.take_before_stages(orders)
         for name, look, findings in walk.road.look_at_stages():
@@ -216,6 +219,17 @@ class _Walk:
         for step in self._left_over():
             step.refuse_lost_training([f"stages (the recipe has no {step.name} now)"])
 
+    def look_at_inputs(self, orders: dict[str, Order]) -> None:
+        """Refuse, before the first step, what a due step would and first rows already show. Raises UserError."""
+        due = {stop.name for stop in self.stops if not Step(self.folder / stop.name).is_done(orders[stop.name].key)}
+        found = _first_look(self.road.recipe, due, self.road.report_folder.name)
+        if found:
+            count = f"{len(found)} of the inputs are" if len(found) > 1 else "An input is"
+            raise UserError(
+                "\n".join([f"{count} of no use as it is:", *(f"  {line}" for line in found)]),
+                "Mend that and run the same command again; graftlm data FILE --show 5 tells what a file holds.",
+            )
+
     def _left_over(self) -> list[Step]:
         """Folders of steps the recipe had once: after a stage came or went, later folders are numbered anew."""
         planned = {stop.name for stop in self.stops}
@@ -283,6 +297,21 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
         _Stop(road.report_folder.name, _section(recipe, "report"), road.report, inputs["report"]),
     ]
     return stops
+
+
+def _first_look(recipe: Recipe, due: set[str], report: str) -> list[str]:
+    """What the first rows of the files show to be wrong that the steps `due` will read, a line for each."""
+    scratch, tokenizer, data = recipe.base.scratch, recipe.tokenizer, recipe.data
+    found: list[str] = []
+    if scratch and "0-scratch" in due:
+        found += look_at_lines((*scratch.text, *scratch.heldout))
+    if "1-tokenizer" in due:
+        found += look_at_texts(tokenizer.text)
+    if "3-data" in due:
+        found += look_at_dialogues(data.sources, (*data.heldout, *data.text))
+    if recipe.report.exact_questions and report in due:
+        found += look_at_lines([recipe.report.exact_questions])
+    return list(dict.fromkeys(found))
 
 
 def _inputs(orders: dict[str, Order]) -> dict[str, str]:

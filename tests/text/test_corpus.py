@@ -179,7 +179,7 @@ def test_plain_text_among_the_dialogues_is_counted(tmp_path: Path, llama_tokeniz
 def test_nothing_left_is_told_with_the_counts(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
     """B3: every row dropped, every held-out row dropped."""
     long = [alpaca("a question", "", "answer " * 80)]
-    with pytest.raises(UserError, match=r"No row is left.*longer than 200 tokens.: 1"):
+    with pytest.raises(UserError, match=r"No row is left.*longer than 200 tokens \(1\)"):
         prepare(tmp_path, llama_tokenizer, sources=long, heldout=numbered(1), max_tokens=200)
     with pytest.raises(UserError, match="No held-out row is usable"):
         prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=long, max_tokens=200)

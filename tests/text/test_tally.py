@@ -14,3 +14,4 @@ def test_counts_and_the_first_three_places() -> None:
     assert other.examples == {"empty": ["b:0", "a:0", "a:1"], "long": ["b:1"]}
     assert (other.total, tally.total) == (7, 5)
     assert len(tally.examples["empty"]) == 3
+    assert other.told == "empty (6), long (1)"

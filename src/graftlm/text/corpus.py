@@ -57,8 +57,8 @@ def prepare_data(section: Data, tokenizer: Tokenizer, template: Template, out: P
             kept.append(fitted.conversation)
     if not kept:
         raise UserError(
-            f"No row is left to train on: {counting.rows_read} read, dropped "
-            f"{json.dumps(counting.dropped.counts, ensure_ascii=False)}.",
+            f"No row is left to train on: {counting.rows_read:,} read, {len(heldout):,} of them held out, dropped: "
+            f"{counting.dropped.told or 'none'}.",
             "Look at them with `graftlm data FILE --show 5`; mend the files, or raise data.max_tokens.",
         )
     meta = rows_meta(tokenizer, template.fingerprint, section.max_tokens)

@@ -57,14 +57,15 @@ class Reading:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def read_source(source: Source) -> Reading:
+def read_source(source: Source, *, is_first_look: bool = False) -> Reading:
     """Every row of a source as a dialogue, or counted as dropped: `num_rows` is the sum of both.
 
-    Raises UserError: no such file, not whole, foreign, without rows, or a format that cannot be told.
+    A first look reads only the first rows of each file. Raises UserError: no such file, not whole, foreign, without
+    rows, or a format that cannot be told.
     """
     reading = Reading()
     for file in open_files(source.path, split=source.split, config=source.config):
-        _read_file(file, source, reading)
+        _read_file(file, source, reading, is_first_look)
     if not reading.num_rows:
         raise UserError(f"{source.path} holds no row.", "Give a file with one dialogue a row.")
     return reading
@@ -103,8 +104,11 @@ def _format_of(row: Any) -> str | None:
         return None
     if isinstance(row.get("messages"), list):
         return "messages"
-    if isinstance(row.get("conversations"), list):
-        return "sharegpt"
+    if isinstance(turns := row.get("conversations"), list):
+        # BELLE's published file of several turns has ShareGPT's fields, but calls who answers by another name.
+        return (
+            "belle" if any(isinstance(turn, dict) and turn.get("from") == "assistant" for turn in turns) else "sharegpt"
+        )
     if "instruction" in row and "output" in row:
         asked = row["instruction"]
         return "belle" if isinstance(asked, str) and not row.get("input") and _TURNS.match(asked) else "alpaca"
@@ -113,14 +117,14 @@ def _format_of(row: Any) -> str | None:
     return "text" if "text" in row else None
 
 
-def _read_file(file: File, source: Source, reading: Reading) -> None:
+def _read_file(file: File, source: Source, reading: Reading, is_first_look: bool) -> None:
     if file.form == "text" and source.format not in ("auto", "text"):
         raise UserError(
             f"{file.name} is plain text, not {source.format}.", "Give rows of fields, or leave the format out."
         )
     rows = file.rows
     first = list(islice(rows, NUM_ROWS_LOOKED_AT))
-    rows = chain(first, rows)
+    rows = iter(first) if is_first_look else chain(first, rows)
     if not first:
         return
     format = source.format

@@ -29,6 +29,11 @@ class Tally:
             shown += other.examples[reason][: NUM_EXAMPLES - len(shown)]
 
     @property
+    def told(self) -> str:
+        """The counts in words."""
+        return ", ".join(f"{reason} ({number:,})" for reason, number in self.counts.items())
+
+    @property
     def total(self) -> int:
         """Rows counted, whatever the reason."""
         return sum(self.counts.values())
