@@ -90,7 +90,7 @@ def test_every_command_runs_or_would(
         assert left.value.code == 0, capsys.readouterr().err
         assert capsys.readouterr().out.strip()
     else:
-        assert verb in ("export", "chat", "autopsy", "serve"), f"say how this is tested: {shlex.join(command)}"
+        assert verb in ("export", "card", "chat", "autopsy", "serve"), f"say how this is tested: {shlex.join(command)}"
         parsed = typer.main.get_command(app).commands[verb].make_context(verb, list(rest))
         assert parsed.params
 
