@@ -101,7 +101,8 @@ def expand_model(
 ) -> GrowReport:
     """Grow the model in folder `model` to the grafted `tokenizer` and write both, with grow.json, into `out`.
 
-    The model keeps its dtype. `new_texts` of the new language tell its first loss. Raises UserError when the tokenizer does not extend the model's own.
+    The model keeps its dtype. `new_texts` of the new language tell its first loss. Raises UserError when the tokenizer
+    does not extend the model's own.
     """
     folder = find_model(model)
     old_tokenizer, new_tokenizer = load_tokenizer(folder), load_tokenizer(tokenizer)
