@@ -24,7 +24,7 @@ from graftlm.model.tensors import TensorSource, source_of_folder
 from graftlm.recipe import Lora, Recipe
 from graftlm.release.export import Also, Manifest, export_adapter, export_gguf, export_model
 from graftlm.release.gguf_file import Quantization
-from graftlm.release.judge import answer_exact, judge_states
+from graftlm.release.judge import answer_exact, judge_states, learned_answers
 from graftlm.release.merge import after_stage
 from graftlm.release.report import write_report
 from graftlm.run import DONE
@@ -225,9 +225,11 @@ class Road:
         section = self.recipe.report
         if section.exact_questions:
             chatbot = load_chatbot(self.model_folder, self.recipe.device)
+            learned = learned_answers(TokenRows.load(self.folder / "3-data" / "train"), chatbot.tokenizer)
             answer_exact(
-                chatbot, section.exact_questions, section.questions_shown, section.max_answer_tokens, step.folder
-            )
+                chatbot, section.exact_questions, section.questions_shown, section.max_answer_tokens, step.folder,
+                learned,
+            )  # fmt: skip
         write_report(self.folder)
         return {}
 

@@ -10,10 +10,11 @@ import torch
 
 from graftlm.errors import UserError
 from graftlm.model.causal import new_causal
-from graftlm.release.judge import answer_exact, judge_states
+from graftlm.release.judge import answer_exact, judge_states, learned_answers
 from graftlm.talk.generate import Answer, Chatbot
 from graftlm.talk.sampling import Sampling
-from graftlm.text.dialogue import CARD, Conversation, Message
+from graftlm.text.dialogue import CARD, Conversation, Message, Rendered, render
+from graftlm.text.rows import RowsBuilder
 from graftlm.text.tokenizer import Tokenizer, train_base_tokenizer
 
 TEXTS = ["below is an instruction that describes a task", "write a response that completes the request", "你好"] * 2
@@ -95,6 +96,21 @@ def test_exact_answers_are_counted_by_kind_and_shown_by_a_rule(tmp_path: Path) -
     assert found["shown"][-1]["kind"] == "follow"
     questions(path, rows[::-1])
     assert [s["id"] for s in answer_exact(Parrot(), path, 3, 8, tmp_path)["shown"]] == [s["id"] for s in found["shown"]]
+
+
+def test_right_answers_that_were_trained_on_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    builder = RowsBuilder(tokenizer.num_pieces)
+    builder.add(render(said("new", "how many", "two of them"), tokenizer, CARD), "")
+    first, second = (tokenizer.encode_continuation(text) for text in ("你好", "a task"))
+    asked, end = tokenizer.encode("again"), tokenizer.eos_id
+    is_target = [False] * len(asked) + [True] * (len(first) + 1)
+    is_target += [False] * len(asked) + [True] * (len(second) + 1)
+    builder.add(Rendered([*asked, *first, end, *asked, *second, end], is_target, 0), "")
+    learned = learned_answers(builder.rows(), tokenizer)
+    assert learned == {"two of them", "你好", "a task"}
+    rows = [row(1, "k", "who", "你好"), row(2, "k", "what", "a request"), row(3, "k", "x", "a task", learnable=False)]
+    found = answer_exact(Parrot(), questions(tmp_path / "q.jsonl", rows), 3, 8, tmp_path, learned)
+    assert (found["num_learnable"], found["num_learned_answers"]) == (2, 1)
 
 
 @pytest.mark.parametrize("line", ["{", "3", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}, {}]}'])

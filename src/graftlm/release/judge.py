@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from graftlm.errors import UserError
@@ -20,6 +21,7 @@ from graftlm.release.evaluate import evaluate_conversations
 from graftlm.run import progress, say, write_json
 from graftlm.talk.generate import Chatbot, Sampling
 from graftlm.text.dialogue import Conversation, Message
+from graftlm.text.rows import TokenRows
 from graftlm.text.templates import Template
 from graftlm.text.texts import read_lines
 from graftlm.text.tokenizer import Tokenizer
@@ -103,12 +105,30 @@ def _compression(tokenizer: Tokenizer, conversations: Sequence[Conversation]) ->
     }
 
 
+def learned_answers(rows: TokenRows, tokenizer: Tokenizer) -> set[str]:
+    """Every answer that the rows teach, spaces stripped."""
+    found = set()
+    for number in range(len(rows)):
+        ids, is_target = rows.row(number)
+        borders = np.flatnonzero(np.diff(np.r_[False, is_target, False]))
+        for start, end in zip(borders[::2], borders[1::2], strict=True):
+            said = [piece_id for piece_id in ids[start:end].tolist() if piece_id not in tokenizer.special_ids]
+            found.add(tokenizer.decode_continuation(said).strip())
+    return found
+
+
 def answer_exact(
-    chatbot: Chatbot, questions: str | Path, num_shown: int, max_answer_tokens: int, out: Path
+    chatbot: Chatbot,
+    questions: str | Path,
+    num_shown: int,
+    max_answer_tokens: int,
+    out: Path,
+    learned: Collection[str] = frozenset(),
 ) -> dict[str, Any]:
     """Answer every question of a JSONL file (messages; the last is the one right answer) at temperature 0.
 
-    Exact means equal after stripping spaces. Kinds marked `"learnable": false` are counted apart.
+    Exact means equal after stripping spaces. Kinds marked `"learnable": false` are counted apart. How many right
+    answers are among those `learned` is counted too: there the fact is known, and the wording of the question new.
     Raises UserError for a row that is no such question.
     """
     rows = [
@@ -129,6 +149,7 @@ def answer_exact(
         "num_exact": sum(row["is_exact"] for row in rows),
         "num_learnable": len(learnable),
         "num_exact_learnable": sum(row["is_exact"] for row in learnable),
+        "num_learned_answers": sum(row["messages"][-1]["content"].strip() in learned for row in learnable),
         "kinds": kinds,
         "rule": RULE,
         "shown": _pick_shown(learnable, num_shown),

@@ -49,6 +49,13 @@ def exact_chapter(run: RunRecord) -> str:
         return ""
     asked, exact = found["num_learnable"], found["num_exact_learnable"]
     share = f" ({exact / asked:.0%})".replace("%", " %") if asked else ""
+    known = found.get("num_learned_answers", 0)
+    if known:
+        told = "The right answers of all" if known == asked else f"The right answers of {known:,}"
+        share += (
+            f". {told} of them stand word for word among the answers trained on: the facts are known, and only the "
+            "wording of the question, or what is combined in it, is new"
+        )
     shown = "".join(_asked(row) for row in found["shown"])
     kinds = [
         (name, kind["asked"], kind["exact"], round(100 * kind["exact"] / kind["asked"]), kind["learnable"])
