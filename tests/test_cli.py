@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlm import recipe_file
+from graftlm import __version__, recipe_file
 from graftlm.cli.app import app, main
 from graftlm.cli.show import show
 from graftlm.errors import DiskError, Interrupted, NumericalStop, UserError
@@ -27,7 +27,7 @@ TEXTS = [
 ]
 VERBS = [
     ["run"], ["tokenizer", "graft"], ["tokenizer", "check"], ["tokenizer", "report"], ["expand"], ["data"], ["export"],
-    ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"],
+    ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"], ["preflight"], ["serve"],
 ]  # fmt: skip
 EXPAND_KEYS = {"num_rows_old", "num_rows_new", "max_old_logit_difference", "row_rms"}
 
@@ -102,6 +102,11 @@ def test_every_verb_is_known_here() -> None:
         (["tokenizer", "grft"], "Did you mean 'graft'?", "graftlm tokenizer --help"),
         (["chat", "m", "--onc", "hi"], "There is no flag --onc.", "Did you mean --once?"),
         (["chat", "m", "--max-tokens", "x"], "--max-tokens", "graftlm chat --help"),
+        (
+            ["tokenizer", "graft", "--mode", "foo", "--base", "b", "--out", "o"],
+            "'foo' is not one of 'continued', 'merge', 'card'.",
+            "graftlm tokenizer graft --help",
+        ),
         (["run"], "Missing argument", "graftlm run --help"),
         (["eval", "m"], "--data", "graftlm eval --help"),
         (["chat", "m", "n"], "extra argument", "graftlm chat --help"),
@@ -142,7 +147,7 @@ def test_a_mistake_is_told_in_two_lines(
 def test_every_ending_has_its_exit_code(
     run: Run, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, told: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise raised
 
     monkeypatch.setattr(recipe_file, "load_recipe", fail)
@@ -150,6 +155,10 @@ def test_every_ending_has_its_exit_code(
     assert (found, out) == (code, "")
     assert told in err
     assert ("Traceback" in err) == (code == 1)
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version") == (0, f"graftlm {__version__}\n", "")
 
 
 def test_a_reader_that_leaves_early_is_no_fault() -> None:
@@ -301,4 +310,8 @@ def test_a_result_is_lines_for_a_person_and_cannot_drive_the_terminal(capsys: py
     assert capsys.readouterr().out.splitlines() == [
         "rows     3", "is_tied  yes",
         "by", "  new  0.123457", "  old  none", "seen", "  a b", "  \\x1b[2Jc", "no       none",
+    ]  # fmt: skip
+    show({"examples": {"changed": [" a", "8\n"], "none": []}}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "examples", "  changed", '    " a"', '    "8\\n"', "  none  none",
     ]  # fmt: skip

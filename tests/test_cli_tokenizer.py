@@ -88,12 +88,18 @@ def test_flags_reach_the_graft(
     ("line", "told"),
     [
         ("graft --base missing --text zh.txt --out new", "missing: no such file or folder"),
-        ("graft --base base --out new", "mode continued learns pieces from text"),
-        ("graft --base base --mode merge --out new", "takes an existing inventory: give pieces"),
-        ("graft --base base --mode keep --out new", "keep grafts nothing"),
-        ("graft --base base --mode mix --text zh.txt --out new", "--mode: Input should be"),
+        ("graft --base base --out new", "--text: mode continued learns pieces from text, and none is given"),
+        (
+            "graft --base base --mode merge --out new",
+            "--pieces: mode merge takes an existing inventory, and none is given",
+        ),
+        ("graft --base base --mode keep --out new", "is not one of"),
+        ("graft --base base --mode mix --text zh.txt --out new", "'mix' is not one of 'continued', 'merge', 'card'"),
         ("graft --base base --text zh.txt --max-piece-chars long --out new", "--max-piece-chars: "),
-        ("graft --base base --text zh.txt --script Hann --out new", "Unicode knows no script 'Hann'"),
+        (
+            "graft --base base --text zh.txt --script Hann --out new",
+            "--script: Unicode knows no script 'Hann'; did you",
+        ),
         ("graft --base base --text en.txt --out new", "none of the script Han"),
         ("graft --base base --text zh.txt --out base", "already holds files"),
         ("check base missing", "missing: no such file or folder"),

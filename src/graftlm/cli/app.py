@@ -12,10 +12,11 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from graftlm import __version__
 from graftlm.cli import data, health, machine, preflight, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
@@ -37,6 +38,23 @@ tokenizer_app = typer.Typer(
     rich_markup_mode=None,
     epilog="Example: graftlm tokenizer check base/ grafted/ --text zh.jsonl",
 )
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"graftlm {__version__}")
+        raise typer.Exit
+
+
+VersionAsked = Annotated[
+    bool, typer.Option("--version", help="Tell the version and leave.", is_eager=True, callback=_tell_version)
+]
+
+
+@app.callback()
+def _before_the_verb(version: VersionAsked = False) -> None:
+    """What can be asked without a verb; the flag's own callback answers."""
+
 
 app.command("run")(road.run)
 app.command("preflight")(preflight.preflight)
@@ -98,7 +116,8 @@ def _tell_other(error: Exception) -> int:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _tell_usage(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return _tell(DISK, f"{error}.", "Free space or choose another place, then run the same command again.")
+        first = "Choose a place that can be written" if error.errno == errno.EROFS else "Free space or choose another"
+        return _tell(DISK, f"{error}.", f"{first}, then run the same command again.")
     if isinstance(error, PermissionError):
         return _tell(USERS_FAULT, f"{error}.", "Give a path you may read and write.")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
@@ -114,7 +133,7 @@ def _tell_other(error: Exception) -> int:
 
 def _tell_usage(error: Any) -> int:
     """A wrong verb, flag or value in two lines; the nearest one known is offered."""
-    message, context = error.format_message().strip(), getattr(error, "ctx", None)
+    message, context = error.format_message().strip().replace("Value error, ", ""), getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         print(message, file=sys.stderr)
         return error.exit_code

@@ -18,12 +18,16 @@ def show(value: Any, as_json: bool) -> None:
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(_lines(found)))
 
 
-def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+def _lines(found: Mapping[str, Any], indent: str = "", shows_texts: bool = False) -> Iterator[str]:
+    """What `examples` hold are texts, in which a blank counts: they stand in quotes."""
     width = max((len(str(key)) for key, value in found.items() if not _is_open(value)), default=0)
     for key, value in found.items():
         if isinstance(value, Mapping) and value:
             yield f"{indent}{key}"
-            yield from _lines(value, indent + "  ")
+            yield from _lines(value, indent + "  ", shows_texts or key == "examples")
+        elif shows_texts and isinstance(value, list | tuple) and value:
+            yield f"{indent}{key}"
+            yield from (f"{indent}  {_quoted(item)}" for item in value)
         elif _is_open(value):
             yield f"{indent}{key}"
             yield from (f"{indent}  {_text(item)}" for item in value)
@@ -47,6 +51,10 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return json.dumps(value, ensure_ascii=False) if value else "none"
     return "none" if value is None else plain(str(value))
+
+
+def _quoted(value: Any) -> str:
+    return f'"{plain(value)}"' if isinstance(value, str) else _text(value)
 
 
 def plain(text: str) -> str:

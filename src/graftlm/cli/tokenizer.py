@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from graftlm.cli.options import AsJson, OutNeeded, Texts
 from graftlm.cli.show import show
 
+Mode = Literal["continued", "merge", "card"]
+
 
 def tokenizer_graft(
     base: Annotated[str, typer.Option(help="Tokenizer folder, tokenizer.model, Llama-3's ranks or hub id.")],
     out: OutNeeded,
-    mode: Annotated[
-        str, typer.Option(help="continued (learn from --text), merge or card (take --pieces).")
-    ] = "continued",
+    mode: Annotated[Mode, typer.Option(help="continued learns from --text, the others take --pieces.")] = "continued",
     text: Texts = None,
     pieces: Annotated[
         str | None, typer.Option(help="Inventory: SentencePiece model, tokenizer.json, or a list, one piece a line.")
