@@ -56,6 +56,16 @@ def test_the_account_for_a_person(run: Run, rows: Path) -> None:
     assert f"exact duplicate   {rows}:2" in out
 
 
+def test_files_of_which_nothing_is_left_are_a_mistake(run: Run, tmp_path: Path) -> None:
+    """The account is printed all the same: it holds the reasons."""
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"instruction": "a", "output": ""}\n')
+    code, out, err = run(path, "--show", 1)
+    assert (code, "Learned is" in out) == (2, False)
+    assert "an empty answer" in out
+    assert err.splitlines()[0] == "Of 1 rows none is kept."
+
+
 def test_a_template_file_and_a_given_format(run: Run, rows: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(
@@ -71,10 +81,10 @@ def test_a_template_file_and_a_given_format(run: Run, rows: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--format", "aplaca"), "--format: Input should be 'auto', 'alpaca'"),
+        (("--format", "aplaca"), "--format: expected auto, alpaca, belle, sharegpt, messages or text, found 'aplaca'"),
         (("--template", "crad"), "no template is called crad"),
         (("--template", "none.jinja"), "cannot be read"),
-        (("--near-duplicates", "2"), "--near-duplicates: "),
+        (("--near-duplicates", "2"), "--near-duplicates: expected a number of at most 1, found 2"),
         (("--max-tokens", "100"), "no tokenizer is named"),
         (("--split", "train"), "belongs to a hub data set"),
         (("none.jsonl",), "cannot be read"),

@@ -50,12 +50,13 @@ def test_a_killed_run_goes_on_where_it_was(chatbot, prompts, tmp_path, monkeypat
 
 def test_bad_rows_are_told_by_line_and_left_out(chatbot, prompts, tmp_path, capsys) -> None:
     with prompts.open("a") as stream:
-        stream.write('{"prompt": 3}\n' + json.dumps("hello there " * 500) + '\n{"prompt": "x"}\n')
+        stream.write('{"prompt": 3}\n' + json.dumps("hello there " * 500) + '\n{"prompt": "x"}\nbad\n')
     result = generate_file(chatbot, prompts, tmp_path / "out.jsonl", SAMPLING)
     told = capsys.readouterr().err
     assert f"{prompts}:6 prompt is a int" in told
     assert f"{prompts}:7 The question takes" in told
-    assert (result["rows"], result["bad_rows"]) == (6, 2)
+    assert f"{prompts}:9 not JSON" in told
+    assert (result["rows"], result["bad_rows"]) == (6, 3)
     assert [row["line"] for row in rows_of(tmp_path / "out.jsonl")] == [1, 2, 3, 4, 5, 8]
 
 

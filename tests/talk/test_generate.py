@@ -117,8 +117,15 @@ def test_oldest_turns_go_whole_and_are_counted(tokenizer, speaking) -> None:
 
 def test_a_question_beyond_the_context_is_refused_with_both_numbers(speaking) -> None:
     bot = speaking([5], max_positions=260)
-    with pytest.raises(UserError, match=r"takes [\d,]+ tokens; of this model's 260 at most 250"):
+    with pytest.raises(UserError, match=r"takes [\d,]+ tokens; of this model's 260 at most 250") as error:
         bot.prompt(ask("hello there " * 200), Sampling(max_new_tokens=10))
+    assert error.value.fix == "Shorten it."
+    question = ask("hello there")
+    bot.context_tokens = len(bot.prompt(question, Sampling(max_new_tokens=10)).ids) + 4
+    with pytest.raises(UserError) as error:
+        bot.prompt(question, Sampling(max_new_tokens=10))
+    assert error.value.fix == "Shorten it, or ask for at most 4 new tokens."
+    bot.prompt(question, Sampling(max_new_tokens=4))
 
 
 def test_generation_ends_where_the_context_ends(chatbot, monkeypatch) -> None:

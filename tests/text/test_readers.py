@@ -42,6 +42,11 @@ def messages(*turns: tuple[str, Any]) -> dict[str, Any]:
         ),
         ("belle", {"input": "Human: a question\n\nAssistant: ", "target": "an answer"}, QA[0]),
         ("belle", {"instruction": "a question", "instances": [{"input": "", "output": "an answer"}]}, QA[0]),
+        (
+            "belle",
+            sharegpt(("human", "你好"), ("assistant", "你好！"), ("human", "再见"), ("assistant", "再见！")),
+            TWO_TURNS,
+        ),
         ("sharegpt", sharegpt(("human", "你好"), ("gpt", "你好！"), ("human", "再见"), ("gpt", "再见！")), TWO_TURNS),
         (
             "sharegpt",

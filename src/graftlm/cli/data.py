@@ -59,6 +59,8 @@ def data(
         show(found, True)
     else:
         print(_told(found))
+    if not found.rows_kept:
+        raise UserError(f"Of {found.rows_read:,} rows none is kept.", "The reasons are counted above; mend the files.")
 
 
 def _told(found: DataReport) -> str:

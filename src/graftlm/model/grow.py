@@ -208,12 +208,12 @@ def _check_inits(model: PreTrainedModel, embedding_init: str, head_init: str, ve
         if init == "similarity" and vectors is None:
             raise UserError(
                 "The initialisation similarity needs auxiliary vectors, and none were given.",
-                "Give grow.vectors: a safetensors file of vectors by piece; or choose subpiece-mean.",
+                "Give --vectors, a safetensors file of vectors by piece; or choose subpiece-mean.",
             )
     if is_tied(model) and embedding_init != head_init:
         raise UserError(
             f"Embedding and head of this model are one matrix; it cannot start as {embedding_init} and {head_init}.",
-            "Set grow.head to the value of grow.embedding.",
+            f"Choose {embedding_init} for both: --head-init, or grow.head in a recipe.",
         )
 
 

@@ -136,10 +136,11 @@ class Chatbot:
                 return Prompt(ids, num_dropped)
             shorter = _without_oldest_turn(conversation)
             if shorter is None:
+                left = self.context_tokens - len(ids)
                 raise UserError(
                     f"The question takes {len(ids):,} tokens; of this model's {self.context_tokens:,} at most "
                     f"{room:,} may be question.",
-                    "Shorten it, or ask for fewer new tokens.",
+                    f"Shorten it, or ask for at most {left:,} new tokens." if left > 0 else "Shorten it.",
                 )
             num_dropped += len(conversation.messages) - len(shorter.messages)
             conversation = shorter

@@ -45,8 +45,10 @@ def read_prompts(path: Path) -> Iterator[PromptRow]:
                 conversation = conversation_of(value, f"{path}:{line}")
             except UnicodeDecodeError as error:
                 yield PromptRow(line, None, None, f"not UTF-8 (byte {error.start})")
-            except (ValueError, RecursionError) as error:
-                yield PromptRow(line, None, None, str(error) or type(error).__name__)
+            except (json.JSONDecodeError, RecursionError):
+                yield PromptRow(line, None, None, "not JSON")
+            except ValueError as error:
+                yield PromptRow(line, None, None, str(error))
             else:
                 yield PromptRow(line, value, conversation)
 

@@ -53,7 +53,7 @@ def inspect_data(
         found = _fit(found, Fitter(tokenizer, template, max_tokens or UNBOUNDED_TOKENS), counting, builder)
     report = counting.report(found, builder.rows())
     report.by_language = {}  # a file by itself is of no language
-    if num_shown and console is not None:
+    if num_shown and found and console is not None:
         if tokenizer is not None:
             show_token_rows(builder.rows(), num_shown, tokenizer, console)
         else:

@@ -327,7 +327,7 @@ _READERS: dict[str, Callable[[Any], list[Message]]] = {
 }  # fmt: skip
 _FIELDS: dict[str, frozenset[str]] = {
     "alpaca": frozenset({"instruction", "input", "output", "system", "history"}),
-    "belle": frozenset({"instruction", "input", "output", "target", "instances", "conversations"}),
+    "belle": frozenset({"instruction", "input", "output", "target", "instances", "conversations", "system"}),
     "sharegpt": frozenset({"conversations", "system"}),
     "messages": frozenset({"messages"}),
     "text": frozenset({"text"}),
