@@ -84,10 +84,12 @@ def test_a_read_only_place_is_told_at_once(tmp_path: Path) -> None:
 
 def test_disk_errors_are_told_with_free_bytes_and_others_pass(tmp_path: Path) -> None:
     """D1 D2: full, over quota, too large a file, read-only; not an input that may not be read."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         with pytest.raises(DiskError, match=r"[\d,]+ bytes free") as error, disk_errors(tmp_path / "new" / "deep"):
             raise OSError(number, os.strerror(number))
         assert error.value.exit_code == 4
+    with pytest.raises(DiskError, match=r"Read-only file system.\n.*make it writable"), disk_errors(tmp_path):
+        raise OSError(errno.EROFS, "read-only")
     with pytest.raises(DiskError), disk_errors(tmp_path):
         raise OSError(errno.EACCES, "denied", str(tmp_path / "file"))
     with pytest.raises(PermissionError), disk_errors(tmp_path):

@@ -29,7 +29,8 @@ SECONDS_BETWEEN_LINES = 10
 SECONDS_BEFORE_ESTIMATE = 5
 """Work that must have been timed before time left is told."""
 RECIPE, LOCK = "recipe.json", ".lock"
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+NOT_TO_WRITE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}) | NOT_TO_WRITE
 
 
 def say(text: str) -> None:
@@ -144,7 +145,7 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full, read-only or broken disk below `folder` into a DiskError that tells the free bytes.
+    """Turn a full, read-only or broken disk below `folder` into a DiskError; it tells the free bytes where they matter.
 
     An error that names a file elsewhere (an input that may not be read, say) is none of the output's and passes.
     """
@@ -154,11 +155,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
         elsewhere = error.filename is not None and not Path(error.filename).absolute().is_relative_to(folder.absolute())
         if error.errno not in DISK_ERRORS or elsewhere:
             raise
+        what, again = os.strerror(error.errno or 0), "then run the same command again: finished work is kept."
+        if error.errno in NOT_TO_WRITE:
+            raise DiskError(
+                f"Writing below {folder} failed: {what}.", f"Choose another --out or make it writable, {again}"
+            ) from None
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free_bytes = shutil.disk_usage(existing).free
         raise DiskError(
-            f"Writing below {folder} failed: {os.strerror(error.errno or 0)} ({free_bytes:,} bytes free).",
-            "Free space or choose another --out, then run the same command again: finished work is kept.",
+            f"Writing below {folder} failed: {what} ({free_bytes:,} bytes free).",
+            f"Free space or choose another --out, {again}",
         ) from None
 
 

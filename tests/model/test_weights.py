@@ -82,7 +82,7 @@ def test_a_full_disk_is_told_whatever_library_meets_it(tmp_path: Path, number: i
         def fail(_: Path, error: Exception = error) -> None:
             raise error
 
-        with pytest.raises(DiskError, match="bytes free"):
+        with pytest.raises(DiskError, match="make it writable" if number == errno.EROFS else "bytes free"):
             write_folder(tmp_path / "m", fail)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SafetensorError), system_errors():
