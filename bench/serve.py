@@ -245,8 +245,9 @@ def main() -> None:
                 if name != "graftlm":
                     ratio = results["graftlm"][label][figure] / found[label][figure]
                     ratios[f"graftlm to {name}, {label}, {figure}"] = ratio
+    words = [Path(word).name if word in (given.model, str(given.out)) else word for word in sys.argv]
     report = {
-        "command": " ".join(["OMP_NUM_THREADS=1 python", *sys.argv]), "date": str(date.today()),
+        "command": " ".join(["OMP_NUM_THREADS=1 python", *words]), "date": str(date.today()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU only",
         "load_average_before_and_after": [load_before, os.getloadavg()], "rounds": given.rounds,
         "tokens_asked": given.tokens, "medians": results,

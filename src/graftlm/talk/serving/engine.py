@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from graftlm.run import say
 from graftlm.talk.generate import Chatbot
 from graftlm.talk.sampling import Draw, draw_ids
+from graftlm.talk.serving.faults import tell_fault
 from graftlm.talk.serving.memory import cache_budget_tokens
 from graftlm.talk.serving.slots import Slots, rounded_places
 from graftlm.talk.serving.speech import Ask, Finish, Piece, Said, Scored, Speech
@@ -319,7 +319,7 @@ class Engine:
         self._fail(rows, ArithmeticError())
 
     def _fail(self, rows: list[_Row], error: Exception) -> None:
-        say(f"An answer failed: {type(error).__name__} {_place_of(error)}")
+        tell_fault("An answer", error)
         for row in rows:
             if row in self._rows:
                 self.counts.failed += 1
@@ -384,11 +384,3 @@ def _num_shared(ids: list[int], others: list[int], most: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _place_of(error: BaseException) -> str:
-    """Where an error came from, without its message: that may quote what people said."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""

@@ -17,6 +17,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from graftlm.run import say
+from graftlm.talk.serving.faults import tell_fault
 from graftlm.talk.serving.metrics import Metrics
 
 MAX_BODY_BYTES = 2 * 2**20
@@ -69,7 +70,7 @@ class Guard:
         try:
             await self._checked(scope, receive, noting_send)
         except Exception as error:  # told without its message, which may quote what people said
-            say(f"A request failed: {type(error).__name__} {_place_of(error)}")
+            tell_fault("A request", error)
             if not status:
                 text = "A fault of the server, not yours. Its log tells where."
                 await _refuse(noting_send, 500, error_body(text, "server_error"))
@@ -193,10 +194,3 @@ async def _begin(send: Any, status: int, answer: dict[str, Any], *more: tuple[by
 async def _refuse(send: Any, status: int, answer: dict[str, Any], *more: tuple[bytes, bytes]) -> None:
     await _begin(send, status, answer, *more)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _place_of(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
