@@ -185,10 +185,14 @@ class Metrics:
         line: a resumed run writes them again."""
         if not self.path.exists():
             return
+        lines = read_metrics(self.path)
+        done = [place for place, line in enumerate(lines) if 0 < line.get("number", 0) <= num_interventions]
         kept = [
             line
-            for line in read_metrics(self.path)
-            if line.get("step", 0) <= step and line.get("number", 0) <= num_interventions
+            for place, line in enumerate(lines)
+            # What led to an intervention that stands is kept with it: its steps were given up, not undone.
+            if place <= max(done, default=-1)
+            or (line.get("step", 0) <= step and line.get("number", 0) <= num_interventions)
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         temporary = self.path.with_suffix(".tmp")

@@ -96,7 +96,7 @@ def test_the_zero_that_hides_a_loss_is_seen_through() -> None:
 
 def test_a_rise_of_harder_rows_is_no_alarm_where_held_out_loss_fell_all_the_same() -> None:
     log = healthy()
-    log.records = [replace(r, loss=(r.loss or 0) + (1.0 if 300 < r.step < 340 else 0.0)) for r in log.records]
+    log.records = [replace(r, loss=(r.loss or 0) + (2.5 if 300 < r.step < 340 else 0.0)) for r in log.records]
     assert diagnose_curves(log)[1] == "recovered"
     log.heldout = [(0, 9.0), (290, 2.2), (400, 2.1)]
     findings, verdict = diagnose_curves(log)

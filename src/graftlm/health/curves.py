@@ -3,9 +3,9 @@
 Owns the rules by which a curve is called a storm, a ratchet, a divergence or damage. Pure functions: no model, no
 files. What only a replay can tell (which layer, which row) lies in the autopsy.
 
-The thresholds come from four published runs of the card's author (11,718 steps each, healthy): their loss, smoothed by
-a median of ten readings, never rose more than 0.06 nats above its best after warm-up (0.41 while warming up), at most 7
-overflows came in a row, and a scale that fell from 65,536 to 1 in 41 steps came to rest and trained on.
+The thresholds come from four published runs of the card's author (11,718 steps each, healthy): at most 7 overflows came
+in a row, and a scale that fell from 65,536 to 1 in 41 steps came to rest and trained on. When a rise is an alarm is
+told in `rise.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from itertools import pairwise
 
 from graftlm.health.finding import Finding, Verdict, alarms
 from graftlm.health.logs import RunLog, finite_losses
+from graftlm.health.rise import quick_eye, slow_eye
 
 WINDOW = 10
 STORM_STEPS = 20  # in a row; a calibrating scale with hysteresis 2 needs at most 7 in the published logs
-RISE_NATS = 0.7  # a rise above the best smoothed loss that no healthy published run comes near
-RISE_SHARE = 0.15  # and this share of all that had been learned
 SETTLED_STEPS = 100  # a scale calibrates before
 RATCHET_BITS = 8.0
 RATCHET_WINDOWS = 4
@@ -35,11 +34,6 @@ def diagnose_curves(log: RunLog) -> tuple[list[Finding], Verdict]:
     ]  # fmt: skip
     findings.sort(key=lambda finding: (finding.step is None, finding.step or 0))
     return findings, _verdict(log, findings)
-
-
-def is_far_above(loss: float, best: float, first: float, share_of_alarm: float = 1.0) -> bool:
-    """Whether a smoothed loss rose so far above its best that it is an alarm; learning began at `first` (nats)."""
-    return loss - best > share_of_alarm * max(RISE_NATS, RISE_SHARE * max(first - best, 0.0))
 
 
 def smoothed(log: RunLog) -> list[tuple[int, float]]:
@@ -139,29 +133,23 @@ def _not_finite(log: RunLog) -> list[Finding]:
 
 
 def _rise(log: RunLog) -> list[Finding]:
-    """Loss far above its best, once the median is of ten readings: damage that need not crash."""
-    curve = smoothed(log)
-    if len(curve) < WINDOW:
-        return []
-    first, (best_step, best) = curve[0][1], curve[0]
-    worst: tuple[float, int, float, int] | None = None
-    for place, (step, loss) in enumerate(curve):
-        if loss < best:
-            best_step, best = step, loss
-        # The best may be the very first loss: a rate far too high does its damage in the first steps.
-        is_full = place >= WINDOW - 1
-        if is_full and is_far_above(loss, best, first) and (worst is None or loss - best > worst[0]):
-            worst = (loss - best, step, best, best_step)
+    """Loss far above its best, once an eye has seen enough: damage that need not crash."""
+    eyes = quick_eye(), slow_eye()
+    worst: tuple[float, int, float] | None = None
+    for step, loss in finite_losses(log.records):
+        for eye in eyes:
+            if eye.see(loss) and (worst is None or eye.rise > worst[0]):
+                worst = (eye.rise, step, eye.best)
     if worst is None:
         return []
-    rise, step, was, since = worst
-    came_back = not is_far_above(curve[-1][1], best, first)
+    rise, step, was = worst
+    came_back = all(eye.rise <= eye.limit for eye in eyes)
     is_harmless = _improved_behind(log, step)
     return [
         Finding(
             "loss-rose", "note" if is_harmless else "warning" if came_back else "fatal", "training loss", step,
-            f"The smoothed loss rose by {rise:.2f} nats above its best ({was:.2f} at step {since}) and "
-            f"{'came back' if came_back else f'ended at {curve[-1][1]:.2f}'}"
+            f"The smoothed loss rose by {rise:.2f} nats above its best of {was:.2f} and "
+            f"{'came back' if came_back else f'ended at {eyes[1].last:.2f}'}"
             f"{'; held-out loss fell all the same: those rows were harder' if is_harmless else ''}.",
             "Nothing to do." if is_harmless else "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA "
             "alpha/rank counts as the rate does.",

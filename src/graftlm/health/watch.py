@@ -1,76 +1,58 @@
 """Watching the loss while it is made: damage that does not crash is told as soon as it shows.
 
-Owns two rules. The loss, smoothed by a median of ten steps, far above its best: the rule by which `curves.py` judges a
-finished run. And a held-out reading worse than before the first step, while the training loss has not fallen either.
-Pure state, saved with a checkpoint, so that a resumed run judges as an uninterrupted one.
+Owns two rules. The training loss far above its best (`rise.py`, by which a finished run's curve is judged too). And a
+held-out reading worse than before the first step, while the training loss has not fallen either. Pure state, saved with
+a checkpoint, so that a resumed run judges as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftlm.health.curves import WINDOW, is_far_above
+from graftlm.health.rise import Eye, quick_eye, slow_eye
 
-# The watch's numbers, and what stands for one that is not known yet (JSON has neither nan nor inf).
-_NUMBERS = {
-    "first": math.nan, "best": math.inf, "last": math.nan, "heldout_first": math.nan, "heldout_best": math.inf,
-}  # fmt: skip
 WORSE_THAN_BEFORE = 0.2  # nats per answer token; a held-out reading has little noise
 
 
 @dataclass(slots=True)
 class LossWatch:
-    """The last ten losses (nats per target token), and of their medians the first, the best and the last; of the
-    held-out readings the one before the first step and the best."""
+    """Two eyes on the training loss, and the held-out loss (nats per answer token) before the first step."""
 
-    recent: list[float] = field(default_factory=list)
-    first: float = math.nan
-    best: float = math.inf
-    last: float = math.nan
-    heldout_first: float = math.nan
-    heldout_best: float = math.inf
+    quick: Eye = field(default_factory=quick_eye)
+    slow: Eye = field(default_factory=slow_eye)
+    heldout_before: float | None = None
 
-    def see(self, loss: float) -> bool:
-        """Take in a step's loss, if finite; returns whether the smoothed loss now lies far above its best."""
+    def see(self, loss: float) -> Eye | None:
+        """Take in a step's loss, if finite; returns the eye that sees it far above its best, if one does."""
         if not math.isfinite(loss):
-            return False
-        self.recent = [*self.recent[1 - WINDOW :], loss]
-        self.last = statistics.median(self.recent)
-        if math.isnan(self.first):
-            self.first = self.last
-        self.best = min(self.best, self.last)
-        return len(self.recent) == WINDOW and is_far_above(self.last, self.best, self.first)
+            return None
+        alarmed = [eye for eye in (self.quick, self.slow) if eye.see(loss)]
+        return alarmed[0] if alarmed else None
 
     def see_heldout(self, loss: float) -> bool:
-        """Take in a held-out reading (nats per answer token); returns whether it is alarming.
+        """Take in a held-out reading; returns whether it is alarming.
 
         Where the training loss fell all the same the stage learns its rows by heart: that is cured by keeping the best
         weights, not by a lower rate.
         """
-        if math.isnan(self.heldout_first):
-            self.heldout_first = loss
-        self.heldout_best = min(self.heldout_best, loss)
-        if self.last < self.first:
-            return False
-        is_worse_than_before = loss > self.heldout_first + WORSE_THAN_BEFORE
-        return is_worse_than_before or is_far_above(loss, self.heldout_best, self.heldout_first)
+        if self.heldout_before is None:
+            self.heldout_before = loss
+        return loss > self.heldout_before + WORSE_THAN_BEFORE and not self.quick.last < self.quick.first
 
     @property
     def is_calm(self) -> bool:
-        """Whether a state saved now is one to go back to: the loss lies nearer to its best than half an alarm."""
-        return not self.recent or not is_far_above(self.last, self.best, self.first, share_of_alarm=0.5)
+        """Whether a state saved now is one to go back to: no rise is half an alarm."""
+        return all(eye.rise <= 0.5 * eye.limit for eye in (self.quick, self.slow))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
-        return {"recent": self.recent, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
+        return {"quick": self.quick.state(), "slow": self.slow.state(), "heldout_before": self.heldout_before}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` returned."""
-        self.recent = list(state["recent"])
-        for name, unknown in _NUMBERS.items():
-            setattr(self, name, unknown if state[name] is None else state[name])
+        self.quick.restore(state["quick"])
+        self.slow.restore(state["slow"])
+        self.heldout_before = state["heldout_before"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graftlm.device import random_states
 from graftlm.errors import NumericalStop
+from graftlm.health.cures import RATE_CUT
 from graftlm.health.incident import HOPELESS, Incident, finding_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
@@ -27,7 +28,6 @@ from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_good
 from graftlm.training.loop import StepRecord
 from graftlm.training.replay import SkippedStep
 
-RATE_CUT = 0.3  # measured on the card's crashing cell: rollback with it converges on three seeds of three
 HOPELESS_IN_A_ROW = 3
 REPLAYED_IN_A_ROW = (1, 3, 9, 27, 52)  # of an unbroken run of skipped steps: a falling scale needs no more looks
 MOST_REPLAYS = 50
@@ -69,8 +69,9 @@ class Recovery:
             self._see_skipped(record.step, record.loss_scale)
         else:
             self._in_a_row = 0
-            if self.watch.see(record.loss):
-                self._see_rise(record.step, self.watch.last, self.watch.best)
+            eye = self.watch.see(record.loss)
+            if eye is not None:
+                self._see_rise(record.step, eye.last, eye.best)
             else:
                 self._is_risen = False
         self._random = random_states()
@@ -80,8 +81,8 @@ class Recovery:
         # Texts are another kind of row than the dialogues held out: learning them may cost a little there.
         if self.stage.recovery == "off" or self.stage.objective == "text":
             return
-        if self.watch.see_heldout(loss) and step:
-            self._see_rise(step, loss, self.watch.heldout_best)
+        if self.watch.see_heldout(loss) and self.watch.heldout_before is not None:
+            self._see_rise(step, loss, self.watch.heldout_before)
 
     def _see_rise(self, step: int, loss: float, best: float) -> None:
         """The loss is far above its best: once for every rise, not for every step of it."""
@@ -158,7 +159,8 @@ class Recovery:
         return f"{why.splitlines()[0].rstrip('.')}. {finding_of(self._last).evidence if self._last else ''}".strip()
 
     def _give_up(self, why: str, step: int) -> NoReturn:
-        tried = f" {self.num_rollbacks} rollbacks did not help." if self.num_rollbacks else ""
+        count = self.num_rollbacks
+        tried = f" {count} rollback{'s' if count > 1 else ''} did not help." if count else ""
         text = f"{self.stage.name}, step {step}: {self._told(why)}{tried}"
         self.metrics.append("stopped", step=step, text=text)
         cure = finding_of(self._last).cure if self._last else "Lower peak_lr."

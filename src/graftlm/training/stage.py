@@ -22,6 +22,7 @@ from graftlm.device import (
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
+from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.preflight import Look, preflight
@@ -58,7 +59,7 @@ from graftlm.training.trainable import (
     trainable_parameters,
 )
 
-TRAINED, PREFLIGHT = "trained", "preflight.json"
+TRAINED = "trained"
 STATE_GROUPS = ("weights", "optimizer", "random")
 CHECKPOINTS_BY_DEFAULT = 10
 
