@@ -130,7 +130,7 @@ def test_the_summary_says_in_words_what_was_done_and_proved(full_run: Path) -> N
     for told in (
         "8,001 pieces (Han) joined its 32,000", "base-model", "in 1 stage.", "Proved:", "20 of 24 held-out questions",
         "4 → 1.2", "−70.0 % against the base", "95 % interval 1.1 to 1.3", "2 ×", "0.75 → 1.5 characters a token",
-        "1.5e-06", "at most 1.00 GiB", "21 min 21 s",
+        "Old text read differently0of 4,020 texts", "1.5e-06", "at most 1.00 GiB", "21 min 21 s",
         "full: stopped early", "full: 1 of 3 steps were skipped", "The old language got 20.0 % worse",
     ):  # fmt: skip
         assert told in text, told
@@ -197,6 +197,46 @@ def test_odd_curves_do_not_break_a_plot(ys: list[float]) -> None:
     assert bool(drawn) == any(map(math.isfinite, ys))
     for place in re.findall(r'c[xy]="([^"]*)"', drawn):
         assert -1 <= float(place) <= plots.WIDTH + 1
+
+
+def test_names_of_states_stand_below_every_value() -> None:
+    low = [Reading(2, 1.8, 2.2), Reading(0.06, 0.04, 0.08), Reading(0.1, 0.08, 0.14)]
+    high = [Reading(12, 11, 13), Reading(1.2, 0.8, 1.5), Reading(0.2, 0.1, 0.3)]
+    for least in (low, [Reading(1.1, 1, 1.2), Reading(0.5, 0.4, 0.6), Reading(0.5, 0.4, 0.6)]):
+        drawn = readings_plot("R", ["base", "full", "model"], [("new", "new", high), ("old", "old", least)])
+        values = re.findall(r'class="value [^"]*" x="[^"]*" y="([^"]*)"', drawn)
+        names = re.findall(r'y="([^"]*)"[^>]*>(?:base|full|model)<', drawn)
+        assert (len(values), len(names)) == (6, 3)
+        assert max(map(float, values)) <= min(map(float, names)) - 12
+
+
+def test_states_judged_on_fewer_rows_and_the_rise_by_growing_are_explained(full_run: Path) -> None:
+    states = [
+        {"state": "base", "new": {**figures(4.0, 0.0), "num_left_out": 2}, "old": figures(1.5, 0.0)},
+        {"state": "grown", "new": figures(2.0, -50.0), "old": figures(1.6, 6.7)},
+    ]
+    write(full_run / "6-heldout" / "heldout.json", states)
+    text = Page(write_report(full_run).read_text(encoding="utf-8")).text
+    assert "base, new language: judged on 40 of 42 rows" in text
+    assert "grown, old language: +6.7 % although no old logit has changed" in text
+
+
+def test_a_line_said_over_and_over_stands_once(full_run: Path) -> None:
+    said = {"base": "It rains.\nIt rains.\nIt rains.\nIt ra", "full": "10\n1", "model": "a\n\n\nb"}
+    sample = {"language": "new", "prompt": [], "reference": "", "answers": said}
+    write(full_run / "6-heldout" / "samples.json", [sample])
+    text = Page(write_report(full_run).read_text(encoding="utf-8")).text
+    assert "It rains. said 4 times" in text
+    assert text.count("It rains.") == 1
+    assert "10\n1" in text
+    assert "a\n\n\nb" in text
+
+
+def test_how_many_right_answers_were_trained_on_is_said(full_run: Path) -> None:
+    path = full_run / "7-report" / "questions.json"
+    for known, told in ((24, "The right answers of all of them"), (3, "The right answers of 3 of them")):
+        write(path, {**json.loads(path.read_text()), "num_learned_answers": known})
+        assert told in Page(write_report(full_run).read_text(encoding="utf-8")).text
 
 
 def test_readings_and_bars_carry_values_and_escape_names() -> None:

@@ -139,15 +139,23 @@ def picture(drawings: Sequence[Drawing]) -> str:
 
 
 def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str, str, Sequence[Reading]]]) -> str:
-    """Figures with intervals at each state; a group is its name, its colour and one reading a state."""
+    """Figures with intervals at each state; a group is its name, its colour and one reading a state.
+
+    The scale is logarithmic where values lie far apart, as that of `draw_lines`. Below it there is room for a value
+    under the lowest point, and the states' names stand below that.
+    """
     spread = [bound for _, _, readings in groups for r in readings for bound in (r.low, r.high) if math.isfinite(bound)]
     if not spread:
         return ""
-    y = _Scale(0, max(spread) * 1.12 or 1, HEIGHT - _BOTTOM, _TOP)
+    is_log = min(spread) > 0 and max(spread) / min(spread) > _LOG_FROM
+    low, high = (min(spread) / 1.3, max(spread) * 1.6) if is_log else (0, max(spread) * 1.12 or 1)
+    y = _Scale(low, high, HEIGHT - _BOTTOM, _TOP, is_log)
     step = (WIDTH - _LEFT - _RIGHT) / len(states)
     places = [_LEFT + step * (number + 0.5) for number in range(len(states))]
-    marks = _y_grid(y, _ticks(0, y.high))
-    marks += [_text(place, HEIGHT - 14, state, "middle") for place, state in zip(places, states, strict=True)]
+    ticks = [tick for tick in _powers(low, high) if low <= tick <= high] if is_log else _ticks(0, y.high)
+    marks = _y_grid(y, ticks)
+    height = HEIGHT + 14
+    marks += [_text(place, height - 8, state, "middle") for place, state in zip(places, states, strict=True)]
     for number, (_, colour, readings) in enumerate(groups):
         shift = (number - (len(groups) - 1) / 2) * 10
         points = [(place + shift, y(r.value), r) for place, r in zip(places, readings, strict=True)]
@@ -166,7 +174,8 @@ def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str,
         f"{name}: " + ", ".join(f"{state} {_short(r.value)}" for state, r in zip(states, readings, strict=True))
         for name, _, readings in groups
     )
-    return _figure(title, told, marks, _legend([(name, colour, True) for name, colour, _ in groups]))
+    title += ", logarithmic scale" if is_log else ""
+    return _figure(title, told, marks, _legend([(name, colour, True) for name, colour, _ in groups]), height)
 
 
 def bars_plot(title: str, bars: Sequence[tuple[str, str, float]]) -> str:

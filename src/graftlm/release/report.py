@@ -87,7 +87,8 @@ def _sentences(run: RunRecord) -> list[str]:
         )
         lines.append(
             '<span class="ok">Proved:</span> text of the old language is read as before, and before training the grown '
-            "model says the same about it, bit for bit."
+            "model gives every old piece the same logit on it, bit for bit. Its loss there may still rise at once: the "
+            "new pieces take their part of the probability."
             if is_proved
             else '<span class="bad">Not proved:</span> see the chapters on tokenizer and base for what differs.'
         )
@@ -118,10 +119,13 @@ def _cards(run: RunRecord) -> list[str]:
         )
     cards += _compression_card(run)
     if run.graft:
-        changed = run.graft["expand_violations"]
-        cards.append(
-            card("Texts read differently", f"{changed:,}", f"of {run.graft['num_texts_checked']:,} tried, old and new")
+        graft = run.graft
+        told = (
+            f"of {graft.get('num_old_texts', graft['num_texts_checked']):,} texts without the new script; and of all "
+            f"{graft['num_texts_checked']:,}, new ones too, {graft['expand_violations']:,} where the new pieces, "
+            "spelled out, are not the base's own encoding"
         )
+        cards.append(card("Old text read differently", f"{graft['old_texts_changed']:,}", told))
     if run.grow:
         cards.append(
             card(

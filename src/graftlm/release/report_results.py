@@ -12,6 +12,9 @@ from graftlm.release.page import folded, percent, safe, table
 from graftlm.release.plots import Reading, readings_plot
 from graftlm.release.record import RunRecord
 
+# Samples of a language that are seen at once; the others are folded.
+NUM_SAMPLES_OPEN = 3
+
 
 def heldout_chapter(run: RunRecord) -> str:
     """Bits per byte of every state in both languages, with intervals."""
@@ -37,9 +40,30 @@ def heldout_chapter(run: RunRecord) -> str:
     head = ("language", "state", "bits per byte", "95 % interval", "against the base", "nats per token", "rows")
     return (
         "<p>How surprised each state of the model is by answers it never saw, in bits per byte of text: lower is "
-        "better, and the measure is fair between tokenizers. A rise in the old language is forgetting.</p>"
-        f"{readings_plot('Bits per byte of held-out answers', states, groups)}{table(head, rows)}"
+        "better, and the measure is fair between tokenizers. A rise in the old language is forgetting; a fall says "
+        "little about it where the stages learn rows of the same kind.</p>"
+        f"{readings_plot('Bits per byte of held-out answers', states, groups)}{table(head, rows)}{_reservations(run)}"
     )
+
+
+def _reservations(run: RunRecord) -> str:
+    """What to know when two states' figures are compared."""
+    told = []
+    for language in run.languages:
+        for state in run.heldout:
+            left_out, num_rows = state[language]["num_left_out"], state[language]["num_rows"]
+            if left_out:
+                told.append(
+                    f"{state['state']}, {language} language: judged on {num_rows:,} of {num_rows + left_out:,} rows; "
+                    "the rest is longer than its context in its own tokens, or refused by its template."
+                )
+    grown = next((state["old"] for state in run.heldout if state["state"] == "grown" and "old" in state), None)
+    if grown and grown["change_percent"] > 0:
+        told.append(
+            f"grown, old language: {percent(grown['change_percent'])} although no old logit has changed: the new "
+            "pieces, not trained yet, take their part of the probability."
+        )
+    return "".join(f'<p class="soft">{safe(line)}</p>' for line in told)
 
 
 def exact_chapter(run: RunRecord) -> str:
@@ -49,12 +73,12 @@ def exact_chapter(run: RunRecord) -> str:
         return ""
     asked, exact = found["num_learnable"], found["num_exact_learnable"]
     share = f" ({exact / asked:.0%})".replace("%", " %") if asked else ""
-    known = found.get("num_learned_answers", 0)
+    known, told = found.get("num_learned_answers", 0), ""
     if known:
-        told = "The right answers of all" if known == asked else f"The right answers of {known:,}"
-        share += (
-            f". {told} of them stand word for word among the answers trained on: the facts are known, and only the "
-            "wording of the question, or what is combined in it, is new"
+        told = (
+            f" The right answers of {'all' if known == asked else f'{known:,}'} of them stand word for word among the "
+            "answers trained on: the facts are known, and only the wording of the question, or what is combined in it, "
+            "is new."
         )
     shown = "".join(_asked(row) for row in found["shown"])
     kinds = [
@@ -65,7 +89,8 @@ def exact_chapter(run: RunRecord) -> str:
     by_kind = table(("kind", "asked", "exact", "percent", "learnable at this size"), rows)
     return (
         f"<p><b>{exact:,} of {asked:,}{share}</b> held-out questions of the kinds a model of this size can learn are "
-        f"answered exactly, word for word; of all kinds {found['num_exact']:,} of {found['num_asked']:,}.</p>"
+        f"answered exactly, word for word.{told} Of the questions of all kinds {found['num_exact']:,} of "
+        f"{found['num_asked']:,} are answered exactly.</p>"
         f'{shown}<p class="soft">Shown {safe(found["rule"])}</p>'
         f"{folded('Counts by kind', by_kind)}"
     )
@@ -86,15 +111,23 @@ def samples_chapter(run: RunRecord) -> str:
     """The same held-out prompts, answered by every state of the road, side by side."""
     if not run.samples:
         return ""
-    told = "".join(
+    told = (
+        "<p>Held-out prompts, picked by a hash and not by their result, answered by the model after every step of the "
+        "road, always with the likeliest piece.</p>"
+    )
+    for language in dict.fromkeys(sample["language"] for sample in run.samples):
+        samples = [_sample(sample) for sample in run.samples if sample["language"] == language]
+        more = samples[NUM_SAMPLES_OPEN:]
+        told += "".join(samples[:NUM_SAMPLES_OPEN])
+        told += folded(f"{len(more)} more in the {language} language", "".join(more)) if more else ""
+    return told
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    return (
         f'<article class="talk">{_said(sample["prompt"])}'
         f'<p><span class="who">a good answer</span><bdi>{safe(sample["reference"])}</bdi></p>'
         f"{_answers(sample['answers'])}</article>"
-        for sample in run.samples
-    )
-    return (
-        "<p>Held-out prompts, picked by a hash and not by their result, answered by the model after every step of the "
-        f"road, always with the likeliest piece.</p>{told}"
     )
 
 
@@ -108,10 +141,26 @@ def _answers(answers: Mapping[str, str]) -> str:
             boxes.append(([state], text))
     told = "".join(
         f'<div{" class=last" if place == len(boxes) - 1 else ""}><span class="who">{safe(", ".join(states))}</span>'
-        f'<p dir="auto">{safe(text) or "<i>(nothing)</i>"}</p></div>'
+        f'<p dir="auto">{_without_repeats(text) or "<i>(nothing)</i>"}</p></div>'
         for place, (states, text) in enumerate(boxes)
     )
     return f'<div class="answers">{told}</div>'
+
+
+def _without_repeats(text: str) -> str:
+    """The answer as shown: a line said over and over stands once, with how often; a last one may have been cut off."""
+    said = text.split("\n")
+    lines: list[tuple[str, int]] = []
+    for place, line in enumerate(said, start=1):
+        last, count = lines[-1] if lines else ("", 0)
+        is_cut = place == len(said) and count > 1 and last.startswith(line)
+        if line and (line == last or is_cut):
+            lines[-1] = (last, count + 1)
+        else:
+            lines.append((line, 1))
+    return "\n".join(
+        safe(line) + (f' <span class="who">said {count} times</span>' if count > 1 else "") for line, count in lines
+    )
 
 
 def _said(messages: Sequence[Mapping[str, str]]) -> str:
