@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from child import graftlm, in_child
+from peft import PeftModel
 from tiny_recipe import write_tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from graftlm.cli.release import how_to_load
 from graftlm.errors import UserError
 from graftlm.pipeline import due_steps, export_run, preflight_recipe, run_recipe
 from graftlm.recipe import Recipe
@@ -330,6 +332,12 @@ def test_a_finished_run_is_exported_both_ways_and_an_unfinished_one_is_not(
         manifest = export_run(run, to, tmp_path / to)
         assert all((tmp_path / to / name).is_file() for name in manifest.files)
         assert {path.name for path in (tmp_path / to).iterdir()} >= set(names)
+        assert manifest.folder == str(tmp_path / to)
+        line = how_to_load(to, manifest.folder, list(manifest.files))
+        if to == "gguf":
+            assert Path(line.removeprefix("llama-cli -m ")).is_file()
+        else:
+            assert eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}).config
         with pytest.raises(UserError, match="already holds files"):
             export_run(run, to, tmp_path / to)
     with pytest.raises(UserError, match=r"Stage full of .* is not finished"):

@@ -11,6 +11,7 @@ from graftlm.errors import UserError
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
+RunOut = Annotated[Path | None, typer.Option("--out", help="The run's folder; runs/NAME if not given.")]
 OutNeeded = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text, JSONL or Parquet file; may be repeated.")]
 

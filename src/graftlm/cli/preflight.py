@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftlm.cli.options import AsJson, Out
+from graftlm.cli.options import AsJson, RunOut
 
 STOPPED = 3
 
@@ -18,7 +18,7 @@ def preflight(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Knobs of the recipe to change.")
     ] = None,
-    out: Out = None,
+    out: RunOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Look at every stage before it trains: one forward and backward pass on real rows.

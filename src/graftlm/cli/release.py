@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from graftlm.cli.options import AsJson, Out
-from graftlm.cli.show import show
+from graftlm.cli.options import AsJson
+from graftlm.cli.show import plain, show
 
 
 def export(
@@ -16,7 +16,9 @@ def export(
         Path, typer.Argument(metavar="RUN", help="A finished run's folder; for gguf a model folder too.")
     ],
     to: Annotated[str, typer.Option(help="hf, adapter or gguf.")] = "hf",
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; RUN/export-hf, -adapter or -gguf-f16 if not given.")
+    ] = None,
     quantization: Annotated[
         str | None, typer.Option(help="Of gguf: f16 (half precision, the default) or q8_0 (8 bits).")
     ] = None,
@@ -28,7 +30,20 @@ def export(
     """
     from graftlm.pipeline import export_run
 
-    show(export_run(run_folder, to, out, quantization), as_json)
+    written = export_run(run_folder, to, out, quantization)
+    show(written, as_json)
+    if not as_json:
+        print(f"\nload    {plain(how_to_load(to, written.folder, list(written.files)))}")
+
+
+def how_to_load(to: str, folder: str, files: list[str]) -> str:
+    """A line to type for what was exported."""
+    if to == "gguf":
+        return f"llama-cli -m {folder}/{next(name for name in files if name.endswith('.gguf'))}"
+    if to == "adapter":
+        base = f'AutoModelForCausalLM.from_pretrained("{folder}/base")'
+        return f'PeftModel.from_pretrained({base}, "{folder}/adapter")'
+    return f'AutoModelForCausalLM.from_pretrained("{folder}")'
 
 
 def card(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:

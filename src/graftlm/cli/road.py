@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftlm.cli.options import AsJson, Out, OutNeeded, check_new_folder
+from graftlm.cli.options import AsJson, OutNeeded, RunOut, check_new_folder
 from graftlm.cli.show import show
 from graftlm.errors import UserError
 
@@ -23,7 +23,7 @@ def run(
             metavar="[section.key=value]...", help="Knobs of the recipe to change; docs/guide.md lists them."
         ),
     ] = None,
-    out: Out = None,
+    out: RunOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Walk the whole road of a recipe. Run it again to continue or to redo what changed.

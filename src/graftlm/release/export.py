@@ -13,7 +13,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ Also = Callable[[Path], None]
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an export wrote: sha256 by file, and how far its re-loaded logits lie from the trained model's.
+    """What an export wrote: sha256 by file, and how far its re-loaded logits lie from the trained model's; `folder` is
+    where it lies once it is whole.
 
     With 16-bit weights the distance is that of rounding; that nothing else changed is checked tensor by
     tensor.
@@ -68,6 +69,7 @@ class Manifest:
     max_logit_difference: float
     dtype: str
     num_compared_tokens: int
+    folder: str = ""
 
 
 def export_model(
@@ -215,7 +217,7 @@ def whole_or_absent(out: Path, write: Callable[[Path], Manifest]) -> Manifest:
             scratch.replace(out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    return replace(manifest, folder=str(out))
 
 
 def generation_settings(num_rows: int, tokenizer: Tokenizer, template: Template) -> GenerationConfig:
