@@ -18,6 +18,13 @@ DOCS = Path(__file__).parent
 START, END = "<!-- keys: written by docs/recipe_keys.py -->", "<!-- /keys -->"
 
 Language = Literal["en", "zh"]
+WORDS: dict[Language, dict[str, str]] = {
+    "en": {},
+    "zh": {
+        "text": "文本", "whole number": "整数", "number": "数", "section": "小节", "list of sections": "小节的列表",
+        "list of {}": "{}的列表", "its own": "各自的默认值", "none": "无",
+    },
+}  # fmt: skip
 HEADS = {"en": "key | values | default | meaning", "zh": "键 | 取值 | 默认 | 含义"}
 GUIDES: dict[str, Language] = {"guide.md": "en", "guide.zh.md": "zh"}
 
@@ -31,19 +38,24 @@ def tables(language: Language) -> str:
     for name, section in told["sections"].items():
         rows = []
         for key, field in models[name]["properties"].items():
-            default = "" if key in models[name].get("required", ()) else _default(field)
-            rows.append(f"| `{key}` | {_values(field)} | {default} | {told['keys'][f'{name}.{key}'][language]} |")
+            default = "" if key in models[name].get("required", ()) else _default(field, language)
+            values, meaning = _values(field, language), told["keys"][f"{name}.{key}"][language]
+            rows.append(f"| `{key}` | {values} | {default} | {meaning} |")
         where = f" `{section['path']}`" if section["path"] else ""
         parts.append(f"**{section[language]}**{where}\n\n| {HEADS[language]} |\n|---|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts)
 
 
-def _values(field: dict[str, Any]) -> str:
+def _word(name: str, language: Language) -> str:
+    return WORDS[language].get(name, name)
+
+
+def _values(field: dict[str, Any], language: Language) -> str:
     if "anyOf" in field or "oneOf" in field:
-        options = [_values(option) for option in field.get("anyOf") or field["oneOf"]]
+        options = [_values(option, language) for option in field.get("anyOf") or field["oneOf"]]
         return ", ".join(dict.fromkeys(option for option in options if option))
     if "$ref" in field:
-        return "section"
+        return _word("section", language)
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
@@ -51,19 +63,21 @@ def _values(field: dict[str, Any]) -> str:
     kind = field.get("type", "string")
     if kind == "array":
         inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
-        return "list of sections" if "$ref" in inner else f"list of {_values(inner)}"
+        if "$ref" in inner:
+            return _word("list of sections", language)
+        return _word("list of {}", language).format(_values(inner, language))
     names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true, false", "null": "null"}
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     limits = [f"{sign} {field[bound]:g}" for bound, sign in bounds.items() if bound in field]
-    return " ".join([names[kind], ", ".join(limits)]).strip()
+    return " ".join([_word(names[kind], language), ", ".join(limits)]).strip()
 
 
-def _default(field: dict[str, Any]) -> str:
+def _default(field: dict[str, Any], language: Language) -> str:
     value = field.get("default")
     if isinstance(value, dict):
-        return "its own"
+        return _word("its own", language)
     if isinstance(value, list):
-        return ", ".join(f"`{item}`" for item in value) or "none"
+        return ", ".join(f"`{item}`" for item in value) or _word("none", language)
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 
