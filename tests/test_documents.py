@@ -79,7 +79,7 @@ def test_every_command_runs_or_would(
     program, verb, *rest = command
     if program == "make":
         assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {verb}"
-    elif verb == "run":
+    elif verb in ("run", "preflight"):
         recipe, *overrides = [word for word in rest if word not in ("--out", _value(rest, "--out"))]
         load_recipe(recipe, overrides)
     elif verb in RUN or "--once" in rest:

@@ -44,8 +44,8 @@ def recipe(**changed: Any) -> dict[str, Any]:
     stage = {"precision": "fp16", "batch_rows": 128, "schedule": "cosine"}
     tree = {
         "name": "seven", "base": {"model": "owner/base-7b"},
-        "tokenizer": {"mode": "card", "pieces": "/home/somebody/secret/pieces.model"},
-        "data": {"sources": [{"path": "owner/belle", "sample": 500_000}, {"path": "/home/somebody/secret/own.jsonl"}],
+        "tokenizer": {"mode": "card", "pieces": "/their/secret/pieces.model"},
+        "data": {"sources": [{"path": "owner/belle", "sample": 500_000}, {"path": "/their/secret/own.jsonl"}],
                  "heldout_rows": 2000, "max_tokens": 1024},
         "stages": [
             {**stage, "name": "full", "trains": {"kind": "full"}, "epochs": 1, "peak_lr": 2e-4, "warmup_ratio": 0.01},
