@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from graftlm import __version__
-from graftlm.cli import data, health, machine, preflight, release, road, serve, talk, tokenizer
+from graftlm.cli import data, evaluate, health, machine, preflight, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -68,7 +68,7 @@ app.command("export")(release.export)
 app.command("card")(release.card)
 app.command("chat")(talk.chat)
 app.command("generate")(talk.generate)
-app.command("eval")(talk.eval_verb)
+app.command("eval")(evaluate.eval_verb)
 app.command("serve")(serve.serve)
 app.command("autopsy")(health.autopsy)
 app.command("doctor")(machine.doctor)

@@ -1,4 +1,4 @@
-"""Verbs of a finished model: chat, generate, eval."""
+"""Verbs of a finished model that talks: chat, generate."""
 
 from __future__ import annotations
 
@@ -82,17 +82,3 @@ def generate(
     from graftlm.talk.answer_file import generate_file
 
     show(generate_file(model, input_file, output_file, sampling), as_json)
-
-
-def eval_verb(
-    model: Model,
-    files: Annotated[list[str], typer.Option("--data", help="Held-out dialogues; may be repeated.")],
-    as_json: AsJson = False,
-) -> None:
-    """Held-out loss and bits per byte, with 95 % intervals.
-
-    Example: graftlm eval runs/demo/6-model --data heldout.jsonl
-    """
-    from graftlm.release.evaluate import evaluate_files
-
-    show(evaluate_files(model, files), as_json)

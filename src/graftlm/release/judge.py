@@ -6,7 +6,6 @@ are shown (`report.py`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from graftlm.errors import UserError
-from graftlm.release.evaluate import evaluate_conversations
+from graftlm.release.evaluate import compression_of, evaluate_conversations, mark_of
 from graftlm.run import progress, say, write_json
 from graftlm.talk.generate import Chatbot, Sampling
 from graftlm.text.dialogue import Conversation, Message
@@ -45,7 +44,7 @@ def judge_states(
     samples.json: the answers of every state to the same `num_samples` questions of each language.
     compression.json: how far each state's tokenizer goes on the held-out dialogues, where it changes.
     """
-    picked = [c for said in conversations.values() for c in sorted(said, key=lambda c: _mark(c.text))[:num_samples]]
+    picked = [c for said in conversations.values() for c in sorted(said, key=lambda c: mark_of(c.text))[:num_samples]]
     samples = [
         {
             "language": c.language,
@@ -69,7 +68,7 @@ def judge_states(
                 sample["answers"][name] = answer.text
         if tokenizer.fingerprint not in measured:
             measured.add(tokenizer.fingerprint)
-            compression[name] = {language: _compression(tokenizer, said) for language, said in conversations.items()}
+            compression[name] = {language: compression_of(tokenizer, said) for language, said in conversations.items()}
     write_json(out / "heldout.json", heldout)
     write_json(out / "samples.json", samples)
     write_json(out / "compression.json", compression)
@@ -93,16 +92,6 @@ def _figures(
         figures["change_percent"] = 100 * (figures["bits_per_byte"] / before - 1)
         state[language] = figures
     return state
-
-
-def _compression(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> dict[str, float]:
-    """Characters and UTF-8 bytes a token, over all that is said in the conversations."""
-    texts = [message.content for conversation in conversations for message in conversation.messages]
-    num_tokens = sum(map(len, tokenizer.encode_continuations(texts)))
-    return {
-        "chars_per_token": sum(map(len, texts)) / max(num_tokens, 1),
-        "bytes_per_token": sum(len(text.encode()) for text in texts) / max(num_tokens, 1),
-    }
 
 
 def learned_answers(rows: TokenRows, tokenizer: Tokenizer) -> set[str]:
@@ -159,7 +148,7 @@ def answer_exact(
 
 
 def _pick_shown(rows: Sequence[dict[str, Any]], num_shown: int) -> list[dict[str, Any]]:
-    by_mark = sorted(rows, key=lambda row: _mark(str(row["id"])))
+    by_mark = sorted(rows, key=lambda row: mark_of(str(row["id"])))
     follow_up = next((row for row in by_mark if len(row["messages"]) > 2), None)
     shown = [follow_up] if follow_up and num_shown else []
     for row in by_mark:
@@ -192,7 +181,3 @@ def _asked(conversation: Conversation) -> Conversation:
 
 def _whole(message: Message) -> str:
     return "\n".join(filter(None, (message.content, message.input)))
-
-
-def _mark(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -255,13 +255,22 @@ def load_chatbot(path_or_hub_id: str | Path, device: str = "auto", template: str
     """
     folder, tokenizer, chosen = find_speaker(path_or_hub_id, template)
     on = pick_device(device)
-    dtype = torch.float32
-    if on.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    model: Any = load_causal(folder, dtype)
-    if on.type == "cpu":
+    return Chatbot(ready_for_talking(load_causal(folder, talking_dtype(on)), on), tokenizer, chosen)
+
+
+def talking_dtype(device: torch.device) -> torch.dtype:
+    """Of a model that talks: 16 bits on a GPU, 32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def ready_for_talking(model: Any, device: torch.device) -> Any:
+    """The model on `device`, in the dtype and the order of memory in which it talks there."""
+    model = model.to(device=device, dtype=talking_dtype(device))
+    if device.type == "cpu":
         lay_out_for_talking(model)
-    return Chatbot(model.to(on), tokenizer, chosen)
+    return model
 
 
 def find_speaker(path_or_hub_id: str | Path, template: str | None = None) -> tuple[Path, Tokenizer, Template]:
