@@ -135,7 +135,7 @@ async function answerOne(asked, turn, answer, signal) {
     else {
       const problem = error instanceof Problem ? error : new Problem("broken");
       answer.problem = { kind: problem.kind, details: problem.details.map(String) };
-      answer.ending = "cut";
+      answer.ending = "failed";
     }
   } finally {
     answer.note = "";
@@ -284,7 +284,7 @@ function endParts(answer, turn) {
     answer.answer_tokens !== null && words("counts", answer.prompt_tokens, answer.answer_tokens),
     answer.speed !== null && words("speed", answer.speed.toFixed(answer.speed < 10 ? 1 : 0)),
     answer.answer_tokens !== null && answer.first !== null && words("first", answer.first.toFixed(1)),
-    ["length", "stopped", "cut"].includes(answer.ending) && !answer.problem && words(answer.ending),
+    ["length", "stopped"].includes(answer.ending) && !answer.problem && words(answer.ending),
   ].filter(Boolean);
   tools.append(make("span", { className: "figures", textContent: figures.join(" · "), title: words("counts_title") }));
   return found;
@@ -478,7 +478,7 @@ function wire() {
     if ($("side").classList.contains("open")) $("side-close").click();
     else stop();
   });
-  addEventListener("pagehide", () => { if (running) keep(running.talk); });
+  addEventListener("pagehide", () => { if (running) stop(), keep(running.talk); });
   addEventListener("storage", () => { // another tab kept something
     if (running) return;
     loadTalks();

@@ -1,0 +1,232 @@
+"""The page in a real browser: talking, stopping, editing, keeping, comparing, and what is said when things go wrong."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from graftlm.talk.generate import ask
+from graftlm.talk.serving.backend import AnswerFailed
+from graftlm.talk.serving.engine import Busy
+from graftlm.text.dialogue import CARD, render
+
+
+def answers(page: Any) -> list[str]:
+    return page.locator(".answer .body").all_inner_texts()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_conversation_streams_and_carries_its_history(visit, speaker, prompts, send) -> None:
+    go = threading.Event()
+    model = speaker(["你好", ", this", go, " is it."], ["second"])
+    page = visit(model)
+    assert page.locator("#examples button").count() == 3
+    send(page, "What is  it?\nSay.", waits=False)
+    page.get_by_text("你好, this", exact=True).wait_for()  # before the answer has ended
+    assert page.locator(".answer").get_attribute("aria-busy") == "true"
+    assert page.locator("#stop").is_visible()
+    go.set()
+    page.locator("#send:visible").wait_for()
+    assert answers(page) == ["你好, this is it."]
+    assert page.locator(".question .said").inner_text() == "What is  it?\nSay."
+    assert "你好, this is it." in page.locator("#announce").inner_text()
+    assert "+ 3 tokens" in page.locator(".figures").inner_text()
+    assert "tokens/s" in page.locator(".figures").inner_text()
+    send(page, "and?")
+    assert answers(page)[1] == "second"
+    assert "Human:What is  it?\nSay.\nAssistant:你好, this is it.\nHuman:and?" in prompts(model)[1]
+
+
+def test_stop_ends_the_model_and_keeps_what_was_said(visit, speaker, prompts, send) -> None:
+    """S3: the server is told within a step."""
+    model = speaker(["half", threading.Event(), "never"], ["half", threading.Event()])
+    page = visit(model)
+    for key in (lambda: page.locator("#stop").click(), lambda: page.keyboard.press("Escape")):
+        send(page, "go on", waits=False)
+        page.locator(".turn:last-child .body").get_by_text("half").wait_for()
+        key()
+        page.locator("#send:visible").wait_for()
+        assert page.locator(".turn:last-child .figures").inner_text() == "stopped"
+    until(lambda: model.backend.num_left == 2)
+    assert model.backend.num_pieces == 2
+    send(page, "and?")
+    assert answers(page) == ["half", "half", "ok"]
+    assert "Assistant:half\nHuman:and?" in prompts(model)[2]
+
+
+def test_reload_keeps_conversations_even_one_under_way(visit, speaker, send) -> None:
+    page = visit(speaker(["first"], ["part", threading.Event()]))
+    send(page, "one")
+    page.locator("#new").click()
+    send(page, "two", waits=False)
+    page.get_by_text("part", exact=True).wait_for()
+    page.reload()
+    assert answers(page) == ["part"]
+    assert page.locator(".figures").inner_text() == "stopped"
+    assert page.locator("#talks .open").all_inner_texts() == ["two", "one"]
+    page.locator("#talks .open", has_text="one").click()
+    assert answers(page) == ["first"]
+    page.reload()
+    assert answers(page) == ["first"]
+
+
+def test_a_question_is_edited_and_an_answer_drawn_anew(visit, speaker, prompts, send) -> None:
+    model = speaker(["a"], ["b"], ["c"], ["d"])
+    page = visit(model)
+    send(page, "one")
+    send(page, "two")
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_text("c", exact=True).wait_for()
+    assert answers(page) == ["a", "c"]
+    page.get_by_role("button", name="Edit").first.click()
+    field = page.get_by_role("textbox", name="Edit")
+    assert field.input_value() == "one"
+    field.press("Escape")
+    assert page.locator(".question .said").all_inner_texts() == ["one", "two"]
+    page.get_by_role("button", name="Edit").first.click()
+    field.fill("uno")
+    page.get_by_role("button", name="Save and ask").click()
+    page.get_by_text("d", exact=True).wait_for()
+    assert (page.locator(".question .said").all_inner_texts(), answers(page)) == (["uno"], ["d"])
+    assert prompts(model)[3].endswith("uno\n\n### Response:\n\n")
+    assert "Human:" not in prompts(model)[3]
+
+
+def test_conversations_are_renamed_exported_deleted_and_brought_back(visit, speaker, send, tmp_path: Path) -> None:
+    page = visit(speaker(["eins"], ["zwei"]))
+    send(page, "one")
+    page.get_by_role("button", name="Rename").click()
+    page.get_by_role("textbox", name="New name").fill("Zahlen / 数")
+    page.keyboard.press("Enter")
+    assert page.locator("#talks .open").inner_text() == "Zahlen / 数"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    assert download.value.suggested_filename == "Zahlen-数.json"
+    download.value.save_as(tmp_path / "one.json")
+    row = json.loads((tmp_path / "one.json").read_text())
+    assert (row["title"], row["model"]) == ("Zahlen / 数", "bot")
+    assert row["messages"] == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "eins"}]
+    page.get_by_role("button", name="Delete").click()
+    assert page.locator("#talks li").count() == 0
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith('graftlm.talk.'))") == []
+    page.get_by_role("button", name="Undo").click()
+    assert answers(page) == ["eins"]
+    page.locator("#new").click()
+    send(page, "two")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all").click()
+    download.value.save_as(tmp_path / "all.jsonl")
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 2
+
+
+def test_parameters_and_system_message_reach_the_model(visit, speaker, prompts, send) -> None:
+    model = speaker()
+    page = visit(model)
+    page.get_by_role("button", name="Settings").click()
+    given = {"Temperature": "0", "Top-p": "0.5", "Top-k": "7", "Repetition penalty": "1.25", "Seed": "42"}
+    for name, value in {**given, "Longest answer, in tokens": "9", "System message": "Be kind."}.items():
+        page.get_by_label(name, exact=True).fill(value)
+    page.get_by_label("Top-p", exact=True).fill("3")
+    assert page.get_by_label("Top-p", exact=True).get_attribute("aria-invalid") == "true"
+    assert "Not taken." in page.locator("#h-top_p").inner_text()
+    page.keyboard.press("Escape")
+    page.reload()
+    send(page, "hi")
+    drawn = model.backend.asked[0].sampling
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0, 0.5, 7)
+    assert (drawn.repetition_penalty, drawn.max_new_tokens, drawn.seed) == (1.25, 9, 42)
+    assert "Be kind.\n\nBelow is an instruction" in prompts(model)[0]
+
+
+def test_two_models_answer_side_by_side(visit, speaker, prompts, send) -> None:
+    """Both get the question, each its own history; one can be asked anew, or alone."""
+    left = speaker(["L1"], ["L2"], ["L3"], name="left")
+    right = speaker(["R1"], ["R2"], ["R3"], name="right")
+    page = visit(left, right, viewport={"width": 1200, "height": 800})
+    send(page, "hi")
+    assert page.locator(".answer h3").all_inner_texts() == ["left", "right"]
+    boxes = [page.locator(".answer").nth(place).bounding_box() for place in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    send(page, "and?")
+    assert answers(page) == ["L1", "R1", "L2", "R2"]
+    assert "Assistant:L1\n" in prompts(left)[1]
+    assert "Assistant:R1\n" in prompts(right)[1]
+    page.get_by_role("button", name="Answer again").last.click()
+    page.get_by_text("R3", exact=True).wait_for()
+    assert answers(page) == ["L1", "R1", "L2", "R3"]
+    page.get_by_label("Model").select_option("left")
+    send(page, "alone")
+    assert answers(page)[4:] == ["L3"]
+
+
+def test_a_busy_server_is_asked_again_and_a_failing_one_told(visit, speaker, send) -> None:
+    page = visit(speaker([Busy(1)], ["at last"], ["half", AnswerFailed()], ["good"]))
+    page.expected += ["429"]
+    send(page, "hi", waits=False)
+    page.get_by_text("The server is busy. Trying again in 1 s.").wait_for()
+    page.get_by_text("at last", exact=True).wait_for()
+    send(page, "and?")
+    assert page.locator(".problem").inner_text() == "The model failed while answering."
+    assert answers(page)[1] == "half"
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_text("good", exact=True).wait_for()
+    assert page.locator(".problem").count() == 0
+
+
+def test_a_talk_beyond_the_context_is_told_and_can_go_on_without_its_oldest(
+    visit, speaker, prompts, send, tokenizer
+) -> None:
+    """S9: both numbers; turns go only when the reader says so."""
+    question = "one two three"
+    context = len(render(ask(question), tokenizer, CARD, for_reply=True).ids) + 2
+    model = speaker(["a"], ["b"], context_tokens=context)
+    page = visit(model)
+    page.expected += ["400"]
+    send(page, "hi")
+    send(page, question)
+    told = page.locator(".problem").inner_text()
+    assert re.search(rf"Too long: \d+ tokens are needed, this model can hold {context}.", told)
+    page.get_by_role("button", name="Leave the oldest out").click()
+    page.get_by_text("b", exact=True).wait_for()
+    assert page.locator(".left-out .question .said").all_inner_texts() == ["hi"]
+    assert page.get_by_text("no longer fit and are not sent").is_visible()
+    assert "Human:" not in prompts(model)[1]
+    send(page, "one two three four " * 9)
+    assert page.locator(".problem").count() == 1
+    page.get_by_role("button", name="Leave the oldest out").click()
+    page.locator("#send:visible").wait_for()
+    assert page.locator(".left-out").count() == 1  # nothing helped: nothing more is left out
+
+
+def test_a_lost_server_and_a_wrong_key_are_told(visit, speaker, serve_models, send) -> None:
+    key = "a-key-of-sixteen-letters"
+    page = visit(speaker(), app={"key": key}, http_credentials={"username": "any", "password": key})
+    send(page, "hi")
+    assert answers(page) == ["ok"]
+    page.expected += ["401", "Failed to load", "ERR_"]
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("API key").fill("another")
+    page.keyboard.press("Escape")
+    page.get_by_text("The server asks for a key.").wait_for()
+    assert page.evaluate("JSON.stringify(localStorage).includes('another')") is False
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("API key").fill(key)
+    page.keyboard.press("Escape")
+    page.get_by_text("The server asks for a key.").wait_for(state="hidden")
+    page.context.set_offline(True)
+    send(page, "and?")
+    assert "No connection to the server." in page.locator(".problem").inner_text()
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".problem").wait_for(state="detached")
+    assert answers(page) == ["ok", "ok"]
