@@ -42,7 +42,7 @@ def test_a_paired_difference_is_surer_than_two_figures() -> None:
     dice = np.random.default_rng(4)
     hard = dice.gamma(2.0, 10.0, 300)
     one, other, below = hard * 1.02 + dice.normal(0, 0.1, 300), hard, np.full(300, 10.0)
-    low, high = difference_interval(one, other, below)
+    low, high = difference_interval(one, below, other, below)
     assert 0 < low < high
     apart = ratio_interval(one, below), ratio_interval(other, below)
     assert apart[0][0] < apart[1][1], "their own intervals overlap"

@@ -118,6 +118,11 @@ class Candidate:
         """Numbers the model holds, a tied matrix counted once."""
         return parameter_count(self.model)
 
+    def release(self) -> None:
+        """Let go of the model's memory; it is loaded again where it is needed again."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("chatbot", None)
+
 
 Data = Dialogues | Task
 """What a file given as `--data` holds."""

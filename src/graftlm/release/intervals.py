@@ -43,9 +43,14 @@ def ratio_interval(above_D: np.ndarray, below_D: np.ndarray) -> Interval:
     return interval_of(sums_RC[:, 0] / np.maximum(sums_RC[:, 1], 1))
 
 
-def difference_interval(one_D: np.ndarray, other_D: np.ndarray, below_D: np.ndarray) -> Interval:
-    """Interval of `(sum(one) - sum(other)) / sum(below)` over the same dialogues: what they share cancels out."""
-    return ratio_interval(one_D - other_D, below_D)
+def difference_interval(
+    one_D: np.ndarray, below_one_D: np.ndarray, other_D: np.ndarray, below_other_D: np.ndarray
+) -> Interval:
+    """Interval of `one / below_one - other / below_other`, ratios of sums over the same dialogues: what the dialogues
+    are hard or easy for both by cancels out."""
+    sums_RC = resampled_sums(np.stack([one_D, below_one_D, other_D, below_other_D], axis=1).astype(float))
+    sums_RC[:, 1::2] = np.maximum(sums_RC[:, 1::2], 1)
+    return interval_of(sums_RC[:, 0] / sums_RC[:, 1] - sums_RC[:, 2] / sums_RC[:, 3])
 
 
 def share_interval(num_hits: int, num_asked: int) -> Interval:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
 # More steps than this are drawn as means of neighbours, with a band from the least to the greatest.
 MAX_POINTS = 300
 _LOG_FROM = 30.0
@@ -56,7 +56,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
+class Scale:
     """Numbers to places: linear, or by the logarithm where all are positive and far apart."""
 
     low: float
@@ -86,7 +86,7 @@ def line_plot(
 ) -> str:
     """`draw_lines` as a figure of a page; empty where nothing is to be drawn."""
     drawing = draw_lines(title, lines, x_label, may_be_log=may_be_log, events=events)
-    return _figure(drawing.title, drawing.told, drawing.marks, _legend(drawing.legend)) if drawing else ""
+    return figure(drawing.title, drawing.told, drawing.marks, legend_of(drawing.legend)) if drawing else ""
 
 
 def draw_lines(
@@ -103,13 +103,13 @@ def draw_lines(
     ys = [y for line in drawn for y in line.ys]
     events = [marked for marked in events if marked.steps]
     xs = [*(x for line in drawn for x in line.xs), *(step for marked in events for step in marked.steps)]
-    x = _Scale(*_spread(xs), _LEFT, WIDTH - _RIGHT)
+    x = Scale(*_spread(xs), LEFT, WIDTH - RIGHT)
     y = _y_scale(ys, may_be_log)
     marks = [*_grid(x, y, x_label), *(part for marked in events for part in _event_marks(marked, x))]
     marks += [part for line in drawn for part in _line_marks(line, x, y)]
     told = "; ".join(
-        f"{line.name}: from {_short(line.ys[0])} to {_short(line.ys[-1])}, least {_short(min(line.ys))}, "
-        f"greatest {_short(max(line.ys))}"
+        f"{line.name}: from {short(line.ys[0])} to {short(line.ys[-1])}, least {short(min(line.ys))}, "
+        f"greatest {short(max(line.ys))}"
         for line in drawn
     )
     told += "".join(f"; {marked.name} at {_steps_told(marked.steps)}" for marked in events)
@@ -129,7 +129,7 @@ def picture(drawings: Sequence[Drawing]) -> str:
         for place, (name, colour, _) in enumerate(drawing.legend):
             x, y = 8 + 240 * (place % 2), top + 12 + 18 * (place // 2)
             parts.append(f'<line class="stroke {colour}" x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}"/>')
-            parts.append(_text(x + 28, y, name, "start"))
+            parts.append(mark_text(x + 28, y, name, "start"))
         top += 18 * math.ceil(len(drawing.legend) / 2) + 14
     label = html.escape(" ".join(f"{drawing.title}. {drawing.told}." for drawing in drawings))
     return (
@@ -149,13 +149,13 @@ def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str,
         return ""
     is_log = min(spread) > 0 and max(spread) / min(spread) > _LOG_FROM
     low, high = (min(spread) / 1.3, max(spread) * 1.6) if is_log else (0, max(spread) * 1.12 or 1)
-    y = _Scale(low, high, HEIGHT - _BOTTOM, _TOP, is_log)
-    step = (WIDTH - _LEFT - _RIGHT) / len(states)
-    places = [_LEFT + step * (number + 0.5) for number in range(len(states))]
-    ticks = [tick for tick in _powers(low, high) if low <= tick <= high] if is_log else _ticks(0, y.high)
-    marks = _y_grid(y, ticks)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP, is_log)
+    step = (WIDTH - LEFT - RIGHT) / len(states)
+    places = [LEFT + step * (number + 0.5) for number in range(len(states))]
+    ticks = [tick for tick in powers_of(low, high) if low <= tick <= high] if is_log else ticks_of(0, y.high)
+    marks = y_grid(y, ticks)
     height = HEIGHT + 14
-    marks += [_text(place, height - 8, state, "middle") for place, state in zip(places, states, strict=True)]
+    marks += [mark_text(place, height - 8, state, "middle") for place, state in zip(places, states, strict=True)]
     for number, (_, colour, readings) in enumerate(groups):
         shift = (number - (len(groups) - 1) / 2) * 10
         points = [(place + shift, y(r.value), r) for place, r in zip(places, readings, strict=True)]
@@ -169,13 +169,13 @@ def readings_plot(title: str, states: Sequence[str], groups: Sequence[tuple[str,
             )
             others = [other[place].value for _, _, other in groups]
             below = len(others) > 1 and reading.value == min(others) and reading.value != max(others)
-            marks.append(_text(px, py + (17 if below else -9), _short(reading.value), "middle", f"value {colour}"))
+            marks.append(mark_text(px, py + (17 if below else -9), short(reading.value), "middle", f"value {colour}"))
     told = "; ".join(
-        f"{name}: " + ", ".join(f"{state} {_short(r.value)}" for state, r in zip(states, readings, strict=True))
+        f"{name}: " + ", ".join(f"{state} {short(r.value)}" for state, r in zip(states, readings, strict=True))
         for name, _, readings in groups
     )
     title += ", logarithmic scale" if is_log else ""
-    return _figure(title, told, marks, _legend([(name, colour, True) for name, colour, _ in groups]), height)
+    return figure(title, told, marks, legend_of([(name, colour, True) for name, colour, _ in groups]), height)
 
 
 def bars_plot(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
@@ -186,14 +186,15 @@ def bars_plot(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
     for number, (name, colour, value) in enumerate(bars):
         top = 8 + 30 * number
         width = max(1.0, (WIDTH - 250) * value / greatest)
-        marks.append(_text(180, top + 14, name, "end"))
+        marks.append(mark_text(180, top + 14, name, "end"))
         marks.append(f'<rect class="fill {colour}" x="190" y="{top}" width="{width:.1f}" height="20" rx="3"/>')
-        marks.append(_text(196 + width, top + 15, _short(value), "start", "value"))
-    told = "; ".join(f"{name}: {_short(value)}" for name, _, value in bars)
-    return _figure(title, told, marks, "", height)
+        marks.append(mark_text(196 + width, top + 15, short(value), "start", "value"))
+    told = "; ".join(f"{name}: {short(value)}" for name, _, value in bars)
+    return figure(title, told, marks, "", height)
 
 
-def _figure(title: str, told: str, marks: Sequence[str], legend: str, height: float = HEIGHT) -> str:
+def figure(title: str, told: str, marks: Sequence[str], legend: str, height: float = HEIGHT) -> str:
+    """A plot on a page; `told` says its numbers in words."""
     title, told = html.escape(title), html.escape(told)
     return (
         f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
@@ -201,7 +202,8 @@ def _figure(title: str, told: str, marks: Sequence[str], legend: str, height: fl
     )
 
 
-def _legend(entries: Sequence[tuple[str, str, bool]]) -> str:
+def legend_of(entries: Sequence[tuple[str, str, bool]]) -> str:
+    """What the lines are: name, colour and whether it has marks, of each."""
     if not entries:
         return ""
     keys = "".join(
@@ -218,7 +220,7 @@ def _finite(line: Line) -> Line:
     return Line(line.name, [x for x, _ in pairs], [y for _, y in pairs], line.colour, line.marks)
 
 
-def _line_marks(line: Line, x: _Scale, y: _Scale) -> list[str]:
+def _line_marks(line: Line, x: Scale, y: Scale) -> list[str]:
     size = math.ceil(len(line.xs) / MAX_POINTS)
     groups = [slice(start, start + size) for start in range(0, len(line.xs), size)]
     xs = [sum(line.xs[group]) / len(line.xs[group]) for group in groups]
@@ -238,12 +240,12 @@ def _line_marks(line: Line, x: _Scale, y: _Scale) -> list[str]:
     return marks
 
 
-def _event_marks(marked: Events, x: _Scale) -> list[str]:
+def _event_marks(marked: Events, x: Scale) -> list[str]:
     """A mark for every step, one where several fall on the same place."""
-    top = HEIGHT - _BOTTOM - 7 if marked.is_small else _TOP
+    top = HEIGHT - BOTTOM - 7 if marked.is_small else TOP
     kind = "stroke" if marked.is_small else "stroke thin"
     return [
-        f'<line class="{kind} {marked.colour}" x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{HEIGHT - _BOTTOM}"/>'
+        f'<line class="{kind} {marked.colour}" x1="{place:.1f}" x2="{place:.1f}" y1="{top}" y2="{HEIGHT - BOTTOM}"/>'
         for place in dict.fromkeys(round(x(step), 1) for step in marked.steps)
     ]
 
@@ -255,18 +257,18 @@ def _steps_told(steps: Sequence[float]) -> str:
     return f"step{'s' if len(named) > 1 else ''} {', '.join(f'{step:,.0f}' for step in named)}"
 
 
-def _y_scale(ys: Sequence[float], may_be_log: bool) -> _Scale:
+def _y_scale(ys: Sequence[float], may_be_log: bool) -> Scale:
     low, high = min(ys), max(ys)
     if may_be_log and low > 0 and high / low > _LOG_FROM:
-        return _Scale(
-            10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), HEIGHT - _BOTTOM, _TOP, is_log=True
+        return Scale(
+            10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)), HEIGHT - BOTTOM, TOP, is_log=True
         )
     if 0 < low < high / 2:
         low = 0.0
     low, high = _spread([low, high])
-    ticks = _ticks(low, high)
+    ticks = ticks_of(low, high)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
-    return _Scale(math.floor(low / step) * step, math.ceil(high / step) * step, HEIGHT - _BOTTOM, _TOP)
+    return Scale(math.floor(low / step) * step, math.ceil(high / step) * step, HEIGHT - BOTTOM, TOP)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -277,7 +279,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """About five round numbers from low to high."""
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
@@ -286,32 +288,35 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(x: _Scale, y: _Scale, x_label: str) -> list[str]:
-    y_ticks = _powers(y.low, y.high) if y.is_log else _ticks(y.low, y.high)
-    x_ticks = [tick for tick in _ticks(x.low, x.high) if tick == int(tick)] or [x.low]
-    marks = _y_grid(y, y_ticks)
-    marks += [_text(x(tick), HEIGHT - 18, f"{tick:,.0f}", "middle") for tick in x_ticks]
-    return [*marks, _text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 3, x_label, "middle")]
+def _grid(x: Scale, y: Scale, x_label: str) -> list[str]:
+    y_ticks = powers_of(y.low, y.high) if y.is_log else ticks_of(y.low, y.high)
+    x_ticks = [tick for tick in ticks_of(x.low, x.high) if tick == int(tick)] or [x.low]
+    marks = y_grid(y, y_ticks)
+    marks += [mark_text(x(tick), HEIGHT - 18, f"{tick:,.0f}", "middle") for tick in x_ticks]
+    return [*marks, mark_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, x_label, "middle")]
 
 
-def _powers(low: float, high: float) -> list[float]:
+def powers_of(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high, about five."""
     first, last = round(math.log10(low)), round(math.log10(high))
     return [10.0**power for power in range(first, last + 1, max(1, (last - first) // 5))]
 
 
-def _y_grid(y: _Scale, ticks: Sequence[float]) -> list[str]:
+def y_grid(y: Scale, ticks: Sequence[float]) -> list[str]:
+    """Lines across the plot, with their values."""
     return [
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        + _text(_LEFT - 6, y(tick) + 4, _short(tick), "end")
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        + mark_text(LEFT - 6, y(tick) + 4, short(tick), "end")
         for tick in ticks
     ]
 
 
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "") -> str:
+def mark_text(x: float, y: float, text: str, anchor: str, colour: str = "") -> str:
+    """Text within a plot."""
     return f'<text class="{colour}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """A number as short as reading off a plot needs."""
     if value and (abs(value) < 0.001 or abs(value) >= 1e6):
         mantissa, power = f"{value:.1e}".split("e")
