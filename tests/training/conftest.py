@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import FIRST_NEW_ID, make_rows, tiny_model
+from tiny_training import FIRST_NEW_ID, FULL, make_rows, spoken_rows, stage_of, tiny_model
 
 from graftlm.recipe import Stage
 from graftlm.training.stage import StageRun
@@ -31,3 +31,14 @@ def stage_run(tmp_path: Path) -> Callable[..., StageRun]:
         return StageRun(model, stage, make_rows(), heldout, path, torch.device("cpu"), FIRST_NEW_ID)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that has learned `spoken_rows`: what has learned nothing cannot be damaged. To be copied, not changed."""
+    torch.set_num_threads(1)
+    stage = stage_of(FULL, epochs=25, batch_rows=12, peak_lr=2e-2)
+    folder = tmp_path_factory.mktemp("base")
+    run = StageRun(tiny_model(), stage, spoken_rows(), {}, folder, torch.device("cpu"), FIRST_NEW_ID)
+    run.run()
+    return run.finished_model()

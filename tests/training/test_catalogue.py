@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import FIRST_NEW_ID, NUM_ROWS, make_stage, tiny_model, weights_sha256
+from tiny_training import EOS, FIRST_NEW_ID, FULL, LORA_ALL, NUM_ROWS, spoken_rows, stage_of, tiny_model, weights_sha256
 
 from graftlm.errors import NumericalStop
 from graftlm.health.curves import diagnose_curves
@@ -33,10 +33,7 @@ from graftlm.training.precision import make_precision
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model
 
-EOS = 2
-FULL = {"kind": "full"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 4, "rows": "new"}
-LORA_ALL = {"kind": "lora", "rank": 4, "alpha": 4, "rows": "all"}
 NEW = {"kind": "new-rows"}
 TABLE: list[tuple[str, ...]] = []
 
@@ -47,27 +44,6 @@ def printed_table() -> Iterator[None]:
     print("\n| fault | cause | where | cure |\n|---|---|---|---|")
     for row in TABLE:
         print(f"| {' | '.join(row)} |")
-
-
-def spoken_rows(count: int = 60, rare: int | None = None, rare_row: int = -1) -> TokenRows:
-    """Questions of random ids and answers that repeat them, ended by the end token; a rare id in one row."""
-    random = np.random.default_rng(7)
-    ids, mask, offsets = [], [], [0]
-    for row in range(count):
-        question = random.integers(4, NUM_ROWS, random.integers(3, 6)).tolist()
-        if row == rare_row:
-            question[1] = rare
-        answer = [*question[:3], EOS]
-        ids += [1, *question, 3, *answer]
-        mask += [False] * (len(question) + 2) + [True] * len(answer)
-        offsets.append(len(ids))
-    arrays = np.array(ids, np.uint16), np.array(mask), np.array(offsets, np.int64)
-    return TokenRows(*arrays, np.full(count, 9, np.int64))
-
-
-def stage_of(trains: dict[str, Any] = FULL, **knobs: Any) -> Stage:
-    given = {"heldout_every": None, "checkpoint_every": 5, "peak_lr": 1e-3, "micro_batch_tokens": 64, **knobs}
-    return make_stage(trains, **given)
 
 
 def looked_at(
@@ -194,17 +170,6 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
 def test_told_before_the_first_step(fault: str) -> None:
     plant, cause, where, cure = BEFORE[fault]
     expect(fault, plant(), cause, where, cure)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model that has learned the rows: what has learned nothing cannot be damaged."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("base")
-    stage = stage_of(FULL, epochs=25, batch_rows=12, peak_lr=2e-2)
-    run = StageRun(tiny_model(), stage, spoken_rows(), {}, folder, torch.device("cpu"), FIRST_NEW_ID)
-    run.run()
-    return run.finished_model()
 
 
 def trained(tmp_path: Path, stage: Stage, model: Any, rows: TokenRows | None = None, plant: Any = None) -> StageRun:

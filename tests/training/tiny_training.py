@@ -12,7 +12,9 @@ from graftlm.model.causal import new_causal
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
 
-NUM_ROWS, FIRST_NEW_ID = 48, 40
+NUM_ROWS, FIRST_NEW_ID, EOS = 48, 40, 2
+FULL = {"kind": "full"}
+LORA_ALL = {"kind": "lora", "rank": 4, "alpha": 4, "rows": "all"}
 
 
 def tiny_model(tied: bool = False, seed: int = 0) -> Any:
@@ -54,3 +56,24 @@ def weights_sha256(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def spoken_rows(count: int = 60, rare: int | None = None, rare_row: int = -1) -> TokenRows:
+    """Questions of random ids and answers that repeat them, ended by the end token; a rare id in one row."""
+    random = np.random.default_rng(7)
+    ids, mask, offsets = [], [], [0]
+    for row in range(count):
+        question = random.integers(4, NUM_ROWS, random.integers(3, 6)).tolist()
+        if row == rare_row:
+            question[1] = rare
+        answer = [*question[:3], EOS]
+        ids += [1, *question, 3, *answer]
+        mask += [False] * (len(question) + 2) + [True] * len(answer)
+        offsets.append(len(ids))
+    arrays = np.array(ids, np.uint16), np.array(mask), np.array(offsets, np.int64)
+    return TokenRows(*arrays, np.full(count, 9, np.int64))
+
+
+def stage_of(trains: dict[str, Any] = FULL, **knobs: Any) -> Stage:
+    given = {"heldout_every": None, "checkpoint_every": 5, "peak_lr": 1e-3, "micro_batch_tokens": 64, **knobs}
+    return make_stage(trains, **given)

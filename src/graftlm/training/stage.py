@@ -191,9 +191,13 @@ class StageRun:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.num_updates == 0:
-            raise NumericalStop(
+            text = (
                 f"{self.stage.name}: each of its {self.step} steps had gradients that are not finite; nothing was "
-                f"learned (loss scale {self.precision.loss_scale:g}).",
+                f"learned (loss scale {self.precision.loss_scale:g})."
+            )
+            self.metrics.append("stopped", step=self.step, text=text)
+            raise NumericalStop(
+                text,
                 "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.",
             )
         self._keep_result()
@@ -217,7 +221,9 @@ class StageRun:
         write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
         for finding in findings:
             if finding.severity == "fatal" and self.stage.recovery != "off":
-                raise NumericalStop(f"{self.stage.name}, before the first step: {finding.evidence}", finding.cure)
+                text = f"{self.stage.name}, before the first step: {finding.evidence}"
+                self.metrics.append("stopped", step=0, text=text)
+                raise NumericalStop(text, finding.cure)
             if finding.severity != "note":
                 say(f"{self.stage.name}, before the first step: {finding.evidence} {finding.cure}")
 

@@ -1,0 +1,193 @@
+"""Why did LoRA on an expanded base diverge? A grid of rates, each cell plain, with the neighbours' mistake, and mended.
+
+    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 40] [--seeds 1]
+
+Every cell starts from the same grafted base and sees the same rows in fp16. On a CPU a product of fp16 matrices is made
+as a GPU's tensor cores make it, from fp16 numbers with sums in fp32, rounded to fp16 (`HalfProducts`; torch's own
+emulation gives the same and takes twenty times as long). Arms:
+
+- `plain`: fp32 masters and DeepSpeed's loss scale; nothing looks, nothing is rolled back, the last weights are kept;
+- `no-master`: the same, with weights and optimizer in fp16 (`model.half()`), as trainers beside DeepSpeed do
+  (at the mildest rate only: it breaks there);
+- `automatic`: the recipe's default: replay, rollback, rate cut, best weights kept.
+
+Orders: `lora` straight on the base, or `full-first`: half of the steps full-parameter at the card's rate before it.
+Held-out loss (nats per answer token, fp32) is written for each; `results.json` grows cell by cell, so that an
+interrupted grid goes on where it was. Nothing here is tuned on the cells: rates, budget and cut are the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftlm.device import Precision
+from graftlm.errors import NumericalStop
+from graftlm.model.causal import load_causal
+from graftlm.pipeline import preflight_recipe
+from graftlm.recipe import Stage
+from graftlm.recipe_file import load_recipe
+from graftlm.run import read_metrics, write_json
+from graftlm.text.rows import TokenRows
+from graftlm.text.tokenizer import load_tokenizer
+from graftlm.training.heldout import heldout_losses
+from graftlm.training.recorder import Recorder
+from graftlm.training.stage import StageRun
+
+matplotlib.use("Agg")
+HERE = Path(__file__).parent
+RATES = (4e-4, 4e-3, 2e-2, 1e-1)
+ARMS = ("plain", "no-master", "automatic")
+ORDERS = ("lora", "full-first")
+FP32 = Precision(torch.float32, torch.device("cpu"))
+
+
+class HalfProducts(TorchDispatchMode):
+    """Products of fp16 matrices with sums in fp32, rounded once to fp16: inf where they pass 65,504."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default, aten.addmm.default) and args[-1].dtype == torch.float16:
+            return func(*(x.float() for x in args), **(kwargs or {})).half()
+        if func is aten.mm.out and args[-1].dtype == torch.float16:
+            return kwargs["out"].copy_(aten.mm(*(x.float() for x in args)))  # pyright: ignore[reportOptionalSubscript]
+        return func(*args, **(kwargs or {}))
+
+
+def cut(rows: TokenRows, count: int) -> TokenRows:
+    """The first `count` rows."""
+    offsets = np.asarray(rows.offsets[: count + 1])
+    last = int(offsets[-1])
+    return TokenRows(rows.ids[:last], rows.is_target[:last], offsets, rows.target_bytes[:count])
+
+
+def knobs(arm: str, seed: int) -> dict[str, Any]:
+    """What an arm does differently."""
+    own = {"recovery": "automatic", "keep": "best"} if arm == "automatic" else {"recovery": "off", "keep": "last"}
+    return {**own, "seed": seed}
+
+
+def train(
+    model: Any, stage: Stage, rows: TokenRows, heldout: TokenRows, folder: Path, first_new_id: int, arm: str
+) -> Any:
+    """One stage; returns the model, or raises NumericalStop."""
+    run = StageRun(model, stage, rows, {"new": heldout}, folder, FP32.device, first_new_id)
+    if arm == "no-master":
+        run.model.half()
+        run.recorder = Recorder(run.roles)
+    with HalfProducts():
+        run.run()
+    return run.finished_model().float()
+
+
+def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, recipe_stage: Stage, key: tuple, out: Path,
+         num_steps: int) -> dict[str, Any]:  # fmt: skip
+    """Train one cell; what came of it."""
+    order, arm, rate, seed = key
+    began = time.perf_counter()
+    folder = out / "cells" / "-".join(map(str, key))
+    shutil.rmtree(folder, ignore_errors=True)
+    model: Any = load_causal(base)
+    found: dict[str, Any] = {"order": order, "arm": arm, "rate": rate, "seed": seed}
+    stages = [recipe_stage.model_copy(update={"peak_lr": rate, **knobs(arm, seed)})]
+    if order == "full-first":
+        full = {
+            **recipe_stage.model_dump(),
+            "name": "full",
+            "trains": {"kind": "full"},
+            "peak_lr": 2e-4,
+            **knobs(arm, seed),
+        }
+        stages.insert(0, Stage.model_validate(full))
+    share = num_steps * recipe_stage.batch_rows // len(stages)
+    try:
+        for stage in stages:
+            place = folder / stage.name
+            place.mkdir(parents=True)
+            part = cut(rows, share)
+            model = train(model, stage, part, heldout, place, first_new_id, arm)
+        losses = heldout_losses(model, heldout, FP32, 8192)
+        found |= {"ending": "finished", "loss": losses.loss_per_target, "bits_per_byte": losses.bits_per_byte}
+    except NumericalStop as stop:
+        found |= {"ending": "stopped", "text": stop.problem, "loss": None}
+    lines = [line for file in folder.glob("*/metrics.jsonl") for line in read_metrics(file)]
+    found |= {
+        "skipped": sum(line.get("skipped", False) for line in lines),
+        "rollbacks": sum(line["event"] == "intervention" for line in lines),
+        "lowest_scale": min((line["loss_scale"] for line in lines if line["event"] == "step"), default=None),
+        "culprits": sorted({c for line in lines if line["event"] == "incident" for c in line["culprits"]}),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    shutil.rmtree(folder)
+    return found
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """A map: orders and arms down, rates across, held-out loss as colour; a cross where the run stopped."""
+    from matplotlib import pyplot
+
+    rows = [(order, arm) for order in ORDERS for arm in ARMS]
+    rates = sorted({c["rate"] for c in results["cells"]})
+    grid = np.full((len(rows), len(rates)), np.nan)
+    for place, (order, arm) in enumerate(rows):
+        for column, rate in enumerate(rates):
+            found = [c["loss"] for c in results["cells"] if (c["order"], c["arm"], c["rate"]) == (order, arm, rate)]
+            finite = [x for x in found if x is not None and np.isfinite(x)]
+            grid[place, column] = np.median(finite) if finite and len(finite) == len(found) else np.nan
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    untrained = results["untrained_loss"]
+    image = axes.imshow(np.clip(grid, None, 1.3 * untrained), cmap="viridis_r", aspect="auto")
+    for (place, column), loss in np.ndenumerate(grid):
+        axes.text(column, place, "stopped" if np.isnan(loss) else f"{loss:.2f}", ha="center", va="center",
+                  color="black" if np.isnan(loss) else "white")  # fmt: skip
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(rows)), [f"{order}, {arm}" for order, arm in rows])
+    axes.set_xlabel("peak learning rate of the LoRA stage")
+    axes.set_title(f"held-out loss after {results['steps']} steps (untrained {untrained:.2f} nats)")
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--steps", type=int, default=40)
+    arguments.add_argument("--heldout", type=int, default=100, help="held-out rows read")
+    arguments.add_argument("--seeds", type=int, default=1)
+    arguments.add_argument("overrides", nargs="*", help="of the recipe, section.key=value")
+    given = arguments.parse_args()
+    recipe = load_recipe(HERE / "lora-on-base.yaml", given.overrides)
+    prepared = given.out / "prepared"
+    preflight_recipe(recipe, prepared)
+    rows = TokenRows.load(prepared / "3-data" / "train")
+    heldout = cut(TokenRows.load(prepared / "3-data" / "heldout-new"), given.heldout)
+    first_new_id = load_tokenizer(prepared / "1-tokenizer").first_new_id
+    assert first_new_id is not None
+    file = given.out / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {"steps": given.steps, "cells": []}
+    results["untrained_loss"] = heldout_losses(load_causal(prepared / "2-base"), heldout, FP32, 8192).loss_per_target
+    done = {(c["order"], c["arm"], c["rate"], c["seed"]) for c in results["cells"]}
+    keys = [(o, a, r, s) for s in range(given.seeds) for r in RATES for o in ORDERS for a in ARMS]
+    keys = [key for key in keys if key[1] != "no-master" or key[2] == RATES[0]]  # broken at the mildest rate already
+    for key in keys:
+        if key in done:
+            continue
+        found = cell(prepared / "2-base", rows, heldout, first_new_id, recipe.stages[0], key, given.out, given.steps)
+        print(json.dumps(found), flush=True)
+        results["cells"].append(found)
+        write_json(file, results)
+        draw(results, given.out / "map.svg")
+
+
+if __name__ == "__main__":
+    main()
