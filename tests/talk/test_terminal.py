@@ -1,17 +1,25 @@
 """Talking at a terminal: turns, commands, keys, and what a model must not do to the screen."""
 
 import json
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from child import in_background
 
+from graftlm.cli import main
 from graftlm.errors import UserError
+from graftlm.model.causal import new_causal, save_causal
 from graftlm.talk import terminal
 from graftlm.talk.sampling import Sampling
 from graftlm.talk.terminal import chat_loop, chat_once
+from graftlm.text.dialogue import CARD
 
 
 def talk(chatbot: Any, *lines: str | type[BaseException], sampling: Sampling | None = None) -> str:
@@ -113,8 +121,20 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(speaking, tokenizer, monkeyp
     assert seen[1][1] == "".join(pieces[:2])
 
 
-def test_ctrl_c_at_the_prompt_hints_and_ctrl_d_leaves(greeter) -> None:
-    assert "Ctrl-D or /quit leaves" in talk(greeter, KeyboardInterrupt)
+def test_ctrl_c_at_the_prompt_hints_and_a_second_one_leaves(greeter, monkeypatch) -> None:
+    seen = asked(greeter, monkeypatch)
+    screen = talk(greeter, KeyboardInterrupt, "hi", KeyboardInterrupt, "", KeyboardInterrupt, KeyboardInterrupt, "no")
+    assert screen.count("Ctrl-C again, Ctrl-D or /quit leaves") == 3
+    assert seen == [["hi"]]
+
+
+def test_ctrl_c_before_an_answer_begins_is_no_step_towards_leaving(greeter, monkeypatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(greeter, "stream", interrupted)
+        assert "(stopped)" in talk(greeter, "hi", KeyboardInterrupt, "and?", EOFError)
 
 
 def test_a_question_too_long_is_told_and_forgotten(speaking, tokenizer, monkeypatch) -> None:
@@ -194,3 +214,82 @@ def test_lines_that_come_at_once_are_one_message(monkeypatch) -> None:
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setattr(terminal.select, "select", lambda *_: ([sys.stdin] if next(waiting) else [], [], []))
     assert terminal._read_message("> ") == "one\ntwo\nthree"
+
+
+def chat_at(terminal_name: str, model: str) -> None:
+    """`graftlm chat` at a terminal of its own; runs in a child."""
+    os.setsid()
+    terminal_file = os.open(terminal_name, os.O_RDWR)  # becomes the controlling terminal: Ctrl-C reaches this process
+    for place in range(3):
+        os.dup2(terminal_file, place)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["TERM"] = "xterm"
+    torch.set_num_threads(1)
+    sys.argv = ["graftlm", "chat", model, "--max-tokens", "100000"]
+    main()
+
+
+class Keyboard:
+    """The other end of a terminal: keys go in, what the screen gets is waited for."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.screen = end, b""
+
+    def press(self, keys: str) -> None:
+        os.write(self.end, keys.encode())
+
+    def wait(self, words: str, after: int = 0) -> int:
+        """Until the screen shows `words` behind the place `after`; returns the place behind them."""
+        while (found := self.screen.find(words.encode(), after)) < 0:
+            self.read()
+        return found + len(words.encode())
+
+    def read(self) -> None:
+        assert select.select([self.end], [], [], 60)[0], self.screen[-400:].decode(errors="replace")
+        self.screen += os.read(self.end, 65536)
+
+
+def test_keys_at_a_real_terminal(tokenizer, tmp_path: Path) -> None:
+    """Pasted lines, stopping, earlier lines brought back, leaving: through a pseudo-terminal, the command itself."""
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("this Python's line editor marks no pasted text")
+    model: Any = new_causal(
+        num_rows=tokenizer.num_pieces, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8,
+        max_positions=120_000,
+    )  # fmt: skip
+    model.lm_head.weight.data[tokenizer.eos_id] = 0.0  # some other row is always above: it speaks on and on
+    save_causal(model, tmp_path / "model", also=lambda folder: tokenizer.save(folder, chat_template=CARD.jinja))
+    end, terminal_file = os.openpty()
+    child = in_background(chat_at, os.ttyname(terminal_file), str(tmp_path / "model"))
+    keys = Keyboard(end)
+    place = keys.wait("> ")
+    keys.press("\x1b[200~one\ntwo\x1b[201~\r")
+    place = keys.wait("\x1b[?2004l", place)  # the line is taken; what follows is the answer
+    while len(keys.screen) < place + 40:
+        keys.read()
+    keys.press("\x03")
+    place = keys.wait("(stopped)", place)
+    place = keys.wait("> ", place)
+    keys.press(f"/save {tmp_path}/talk.jsonl\r")
+    place = keys.wait("Kept 2 messages", place)
+    said = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert said[0] == {"role": "user", "content": "one\ntwo"}
+    assert said[1]["content"]
+    place = keys.wait("> ", place)
+    keys.press("/params top_k=3\r")
+    place = keys.wait("top_k=3 repetition", place)
+    place = keys.wait("> ", place)
+    keys.press("\x1b[A\r")
+    place = keys.wait("top_k=3 repetition", place)
+    place = keys.wait("> ", place)
+    keys.press("half a line\x03")
+    place = keys.wait("Ctrl-C again", place)
+    place = keys.wait("> ", place)
+    keys.press("\x03")
+    child.join(30)
+    assert child.exitcode == 0
+    os.close(terminal_file)
+    os.close(end)

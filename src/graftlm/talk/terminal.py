@@ -28,9 +28,9 @@ HELP = """\
 /system TEXT  put a system message before everything; alone it shows it, off removes it
 /params       show how answers are drawn; /params temperature=0.7 top_p=0.9 changes it
 /help         this list
-/quit         leave (Ctrl-D too)
+/quit         leave (Ctrl-D, or Ctrl-C twice, too)
 //text        send text that begins with a slash
-Several lines pasted at once are one message. Ctrl-C stops an answer."""
+Several lines pasted at once are one message; the arrow keys bring earlier ones back. Ctrl-C stops an answer."""
 
 # A pasted line is followed by the next within this time; no person types so fast.
 _PASTE_SECONDS = 0.03
@@ -143,28 +143,47 @@ def chat_loop(
     is_styled: bool | None = None,
     system: str = "",
 ) -> None:
-    """Talk until Ctrl-D or /quit. `read(prompt)` returns a message or raises EOFError; `write` takes pieces of text."""
+    """Talk until Ctrl-D, /quit or Ctrl-C twice.
+
+    `read(prompt)` returns a message, or raises EOFError or KeyboardInterrupt; `write` takes pieces of text.
+    """
     talk = _Talk(chatbot, sampling, system, write, sys.stdout.isatty() if is_styled is None else is_styled)
     read = read or _line_editor()
     talk.note("Type a message; /help lists the commands, Ctrl-D leaves.")
+    is_leaving = False  # Ctrl-C was the last thing typed
     while True:
         try:
             line = read("> ").strip()
-            if not line:
-                continue
-            if line.startswith("/") and not line.startswith("//"):
-                if not talk.command(line):
-                    return
-            else:
-                talk.say(line[1:] if line.startswith("//") else line)
         except EOFError:
             write("\n")
             return
         except KeyboardInterrupt:
             write("\n")
-            talk.note("Ctrl-D or /quit leaves.")
+            if is_leaving:
+                return
+            is_leaving = True
+            talk.note("Ctrl-C again, Ctrl-D or /quit leaves.")
+            continue
         except UserError as error:
             talk.note(f"{error.problem} {error.fix}")
+            continue
+        is_leaving = False
+        if line and not _obey(talk, line):
+            return
+
+
+def _obey(talk: _Talk, line: str) -> bool:
+    """A command or a message; returns whether to stay. What goes wrong, or is stopped, is told."""
+    try:
+        if line.startswith("/") and not line.startswith("//"):
+            return talk.command(line)
+        talk.say(line[1:] if line.startswith("//") else line)
+    except KeyboardInterrupt:  # before the answer began
+        talk.write("\n")
+        talk.note("(stopped)")
+    except UserError as error:
+        talk.note(f"{error.problem} {error.fix}")
+    return True
 
 
 def chat_once(chatbot: Chatbot, text: str, sampling: Sampling, system: str = "") -> dict[str, Any]:
