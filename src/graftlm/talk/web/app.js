@@ -70,8 +70,7 @@ function modelsAsked() {
 }
 
 function messagesFor(asked, turn, model) {
-  const takesSystem = models.find((known) => known.id === model)?.takes_system !== false;
-  const messages = asked.system.trim() && takesSystem ? [{ role: "system", content: asked.system }] : [];
+  const messages = asked.system.trim() ? [{ role: "system", content: asked.system }] : [];
   for (const past of asked.turns.slice(asked.from, asked.turns.indexOf(turn))) {
     const said = past.answers.filter((answer) => answer.content);
     const answer = said.find((one) => one.model === model) ?? said[0];
@@ -286,7 +285,7 @@ function endParts(answer, turn) {
     answer.answer_tokens !== null && answer.first !== null && words("first", answer.first.toFixed(1)),
     ["length", "stopped"].includes(answer.ending) && !answer.problem && words(answer.ending),
   ].filter(Boolean);
-  tools.append(make("span", { className: "figures", textContent: figures.join(" · "), title: words("counts_title") }));
+  tools.append(make("span", { className: "figures", textContent: figures.join(" · ") }));
   return found;
 }
 
@@ -382,9 +381,6 @@ function showModels() {
   $("model-name").hidden = names.length !== 1;
   $("model-name").textContent = names[0] ?? "";
   $("hello-title").textContent = words(settings.model === BOTH ? "hello_both" : "hello");
-  const hasSystem = !models.length || models.some((model) => model.takes_system !== false);
-  $("p-system").disabled = !hasSystem;
-  $("h-system").textContent = words(hasSystem ? "system_hint" : "system_none");
   if (running?.talk !== talk) showTalk();
 }
 
