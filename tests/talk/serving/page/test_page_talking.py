@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.talk.generate import ask
+from graftlm.talk.prompts import load_conversation
 from graftlm.talk.serving.backend import AnswerFailed
 from graftlm.talk.serving.engine import Busy
 from graftlm.text.dialogue import CARD, render
@@ -115,6 +116,7 @@ def test_conversations_are_renamed_exported_deleted_and_brought_back(visit, spea
     row = json.loads((tmp_path / "one.json").read_text())
     assert (row["title"], row["model"]) == ("Zahlen / 数", "bot")
     assert row["messages"] == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "eins"}]
+    assert [message.content for message in load_conversation(tmp_path / "one.json").messages] == ["one", "eins"]
     page.get_by_role("button", name="Delete").click()
     assert page.locator("#talks li").count() == 0
     assert page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith('graftlm.talk.'))") == []
