@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftlm.errors import UserError
-from graftlm.talk import answer_file
+from graftlm.talk import answer_file, generate
 from graftlm.talk.answer_file import generate_file
 from graftlm.talk.generate import ask
 from graftlm.talk.sampling import Sampling
@@ -33,6 +33,18 @@ def test_every_row_is_answered_in_order(chatbot, prompts, tmp_path) -> None:
     assert [row["answer"] for row in rows] == [chatbot.answer(ask(q), SAMPLING).text for q in QUESTIONS]
     assert rows[3]["prompt"] == {"prompt": "你好", "id": 3}
     assert (result["rows"], result["tokens"]) == (5, sum(row["answer_tokens"] for row in rows))
+
+
+def test_progress_moves_while_a_window_is_answered(chatbot, prompts, tmp_path, monkeypatch) -> None:
+    """A row that cannot be asked counts as done; rows are written a window at a time."""
+    with prompts.open("a") as stream:
+        stream.write(json.dumps("hello there " * 500) + "\n")
+    monkeypatch.setattr(generate, "BATCH_ROWS", 2)
+    reached: list[int] = []
+    monkeypatch.setattr(answer_file.ProgressShown, "reach", lambda self, count, note="": reached.append(count))
+    generate_file(chatbot, prompts, tmp_path / "out.jsonl", SAMPLING)
+    assert reached == sorted(reached)
+    assert {1, 3, 5, 6} <= set(reached)
 
 
 def test_a_killed_run_goes_on_where_it_was(chatbot, prompts, tmp_path, monkeypatch) -> None:

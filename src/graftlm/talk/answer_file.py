@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
-from graftlm.run import disk_errors, progress, say
+from graftlm.run import ProgressShown, disk_errors, say
 from graftlm.talk.generate import BATCH_ROWS, Answer, Chatbot, Prompt, load_chatbot
 from graftlm.talk.prompts import FORMS, PromptRow, read_prompts
 from graftlm.talk.sampling import Sampling
@@ -50,9 +50,12 @@ def generate_file(
     tokens = num_answered = 0
     if readable:
         chatbot = model if isinstance(model, Chatbot) else load_chatbot(model)
-        with disk_errors(target.parent), target.open("a", encoding="utf-8") as stream:
-            answers = _answer_rows(chatbot, readable, sampling, bad)
-            for row, answer in progress(answers, len(readable), "answers"):
+        with (
+            disk_errors(target.parent),
+            target.open("a", encoding="utf-8") as stream,
+            ProgressShown("answers", len(readable)) as shown,
+        ):
+            for row, answer in _answer_rows(chatbot, readable, sampling, bad, shown.reach):
                 if answer is not None:
                     stream.write(json.dumps(_answer_row(row, answer, name), ensure_ascii=False) + "\n")
                     stream.flush()
@@ -71,9 +74,12 @@ def generate_file(
 
 
 def _answer_rows(
-    chatbot: Chatbot, rows: list[PromptRow], sampling: Sampling, bad: list[str]
+    chatbot: Chatbot, rows: list[PromptRow], sampling: Sampling, bad: list[str], reach: Callable[[int], None]
 ) -> Iterator[tuple[PromptRow, Answer | None]]:
-    """Rows and answers in order; a row that does not fit has none and is added to `bad`."""
+    """Rows and answers in order; a row that does not fit has none and is added to `bad`.
+
+    `reach` is told how many are done whenever an answer ends, long before a window of rows is written.
+    """
     for start in range(0, len(rows), WINDOW_ROWS):
         window = rows[start : start + WINDOW_ROWS]
         prompts: dict[int, Prompt] = {}
@@ -83,7 +89,12 @@ def _answer_rows(
                 prompts[row.line] = chatbot.prompt(row.conversation, sampling)
             except UserError as error:
                 bad.append(f"{row.conversation.source} {error.problem}")
-        answers = dict(zip(prompts, chatbot.answer_prompts(list(prompts.values()), sampling), strict=True))
+        num_behind = start + len(window) - len(prompts)
+        answered = chatbot.answer_prompts(
+            list(prompts.values()), sampling, lambda count, num_behind=num_behind: reach(num_behind + count)
+        )
+        answers = dict(zip(prompts, answered, strict=True))
+        reach(start + len(window))
         for row in window:
             yield row, answers.get(row.line)
 
