@@ -46,6 +46,22 @@ def test_a_rate_far_too_high_is_cut_until_the_run_goes_well(tmp_path: Path, base
     assert max(line["lr"] for line in steps[-40:]) <= 3.0 * 0.3 * 1.001
 
 
+def test_what_was_rolled_back_leaves_no_trace(tmp_path: Path, base: Any) -> None:
+    """Back at the start with a tenth of the rate it is the run that began with a tenth: moments are forgotten too."""
+    run = make(tmp_path / "mended", base, precision="fp32", epochs=3)
+    run.run()
+    told = events(tmp_path / "mended", "intervention")
+    assert told
+    assert {line["step"] for line in told} == {0}
+    factor = run.recovery.rate_factor
+    knobs = {"peak_lr": 1e-3 * factor, "groups": {"adapter": {"peak_lr": 3.0 * factor}}}
+    fresh = make(tmp_path / "fresh", base, precision="fp32", epochs=3, **knobs)
+    fresh.run()
+    assert fresh.recovery.num_rollbacks == 0
+    for mended, other in zip(run.model.parameters(), fresh.model.parameters(), strict=True):
+        torch.testing.assert_close(mended, other, rtol=1e-4, atol=1e-5)
+
+
 def test_killed_after_a_rollback_it_ends_with_the_same_weights(tmp_path: Path, base: Any) -> None:
     """R1, R3: the cut of the rate, the watch and the budget survive; each intervention is told once."""
     whole = make(tmp_path / "whole", base)

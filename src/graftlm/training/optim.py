@@ -71,7 +71,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back what `optimizer_tensors` returned, and nothing else: moments gathered since are forgotten."""
+    optimizer.state.clear()
     for joined, value in tensors.items():
         name, _, key = joined.rpartition("|")
         # AdamW keeps its step count where its kernel wants it; moments lie beside their parameter.
