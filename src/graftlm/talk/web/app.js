@@ -373,7 +373,7 @@ function deleteTalk(one) {
 
 function showModels() {
   const names = models.map((model) => model.id), choices = names.length > 1 ? [BOTH, ...names] : names;
-  if (!choices.includes(settings.model)) settings.model = choices[0] ?? "";
+  if (names.length && !choices.includes(settings.model)) settings.model = choices[0];
   $("model").replaceChildren(...choices.map((name) => make("option", {
     value: name, textContent: name === BOTH ? `${words("both")}: ${names.join(" | ")}` : name, selected: name === settings.model,
   })));
