@@ -164,6 +164,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=40)
     arguments.add_argument("--heldout", type=int, default=100, help="held-out rows read")
     arguments.add_argument("--seeds", type=int, default=1)
+    arguments.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates of the LoRA stage")
     arguments.add_argument("overrides", nargs="*", help="of the recipe, section.key=value")
     given = arguments.parse_args()
     recipe = load_recipe(HERE / "lora-on-base.yaml", given.overrides)
@@ -177,7 +178,7 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.is_file() else {"steps": given.steps, "cells": []}
     results["untrained_loss"] = heldout_losses(load_causal(prepared / "2-base"), heldout, FP32, 8192).loss_per_target
     done = {(c["order"], c["arm"], c["rate"], c["seed"]) for c in results["cells"]}
-    keys = [(o, a, r, s) for s in range(given.seeds) for r in RATES for o in ORDERS for a in ARMS]
+    keys = [(o, a, r, s) for s in range(given.seeds) for o in ORDERS for r in given.rates for a in ARMS]
     keys = [key for key in keys if key[1] != "no-master" or key[2] == RATES[0]]  # broken at the mildest rate already
     for key in keys:
         if key in done:
