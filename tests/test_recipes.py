@@ -6,15 +6,24 @@ import pytest
 
 from graftlm.recipe import Lora
 from graftlm.recipe_file import load_recipe
+from graftlm.sweep import cells_of, load_sweep
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+SWEEPS = [path for path in sorted(RECIPES.rglob("*.yaml")) if "\ngrid:" in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted({*RECIPES.rglob("*.yaml")} - {*SWEEPS}), ids=lambda path: path.stem)
 def test_every_recipe_reads(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert len(recipe.stages) >= 1
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_reads_with_all_its_recipes(path: Path) -> None:
+    sweep = load_sweep(path)
+    assert sweep.name == path.stem
+    assert len(cells_of(sweep, Path("out"))) >= 2
 
 
 def test_the_cards_recipe_says_what_the_card_says() -> None:

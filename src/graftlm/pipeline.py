@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ EARLIER = "earlier"
 
 @dataclass(slots=True)
 class StepResult:
-    """What became of one step: `done` now, or `unchanged` since an earlier run."""
+    """What became of one step: `done` now, `unchanged` since an earlier run, or `shared` with another run."""
 
     name: str
     seconds: float
@@ -52,15 +52,16 @@ class RunResult:
     questions: dict[str, Any] | None = None
 
 
-def run_recipe(recipe: Recipe, folder: Path) -> RunResult:
+def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> RunResult:
     """Walk the whole road in `folder`; what is finished and unchanged is kept, what was interrupted goes on.
 
+    `relatives` are folders of other runs: a step one of them has finished for the same order is taken over from it.
     Raises UserError, NumericalStop, DiskError, Interrupted.
     """
     check_inputs(recipe)
     use_all_cores()
     with RunFolder(folder, recipe.name) as run:
-        walk = _Walk(recipe, run.folder)
+        walk = _Walk(recipe, run.folder, relatives)
         orders = walk.orders()
         walk.refuse_lost_training(orders)
         walk.look_at_inputs(orders)
@@ -191,8 +192,9 @@ class _Stop:
 class _Walk:
     """One walk along the road: what is planned, done, changed or left over."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self.relatives = relatives
         self.road = Road(recipe, folder)
         self.stops = _plan(recipe, self.road)
 
@@ -262,6 +264,12 @@ class _Walk:
             step.free_space()  # a kill may have come between the done mark and this
             say(f"{stop.name}: unchanged")
             return StepResult(stop.name, step.seconds(), "unchanged")
+        twins = (relative / stop.name for relative in self.relatives)
+        twin = next((twin for twin in twins if twin != step.folder and Step(twin).is_done(order.key)), None)
+        if twin is not None and not step.folder.exists():
+            step.take_over(twin)
+            say(f"{stop.name}: as in {twin}")
+            return StepResult(stop.name, step.seconds(), "shared")
         changes = ", ".join(step.changes(order))
         say(f"{stop.name} ...{f' again, changed: {changes}' if changes else ''}")
         step.begin(order)

@@ -49,6 +49,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     path = Path(path)
     source = _Source()
     tree = _read_with_parent(path, source)
+    if "grid" in tree and "recipe" in tree:
+        raise UserError(f"{path} is a sweep of recipes, not a recipe.", f"graftlm sweep {path}")
     for override in overrides:
         try:
             _apply_override(tree, override, source)
@@ -68,6 +70,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     count = f"{len(told)} mistake{'s' if len(told) > 1 else ''} in {path}:"
     fix = f"Mend {'them' if len(told) > 1 else 'it'} and run the same command again; docs/guide.md lists every key."
     raise UserError("\n".join([count, *(f"  {line}" for line in told)]), fix)
+
+
+def read_tree(path: str | Path) -> tuple[dict[str, Any], Lines]:
+    """The values of a YAML file that is no recipe, bounded as one, and where each stands. Raises UserError."""
+    source = _Source()
+    tree = _read_yaml(Path(path), source)
+    if source.mistakes:
+        raise UserError(f"{source.mistakes[0]}.", "Mend that line and run the same command again.")
+    return tree, source.lines
 
 
 def section_from_flags(section: type[S], flags: dict[str, Any]) -> S:

@@ -6,6 +6,7 @@ step computes or which steps a road has; `pipeline` plans those.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from graftlm.run import DONE, disk_errors, read_json, write_json
 
 STARTED = "started.json"
 WHOLE_FILE_BYTES = 64 * 2**20
+LINKED_BYTES = 2**20
 # Several times the model's size, and needed only until the step is finished.
 ONLY_WHILE_UNFINISHED = ("checkpoints", "best")
 
@@ -179,6 +181,18 @@ class Step:
             self.folder.rename(target)
         return target.name
 
+    def take_over(self, finished: Path) -> None:
+        """Become what the finished step in `finished` is, without its work. Raises DiskError.
+
+        Large files are linked, which nothing writes into once a step is finished; small ones are copied, as a model's
+        card is written anew.
+        """
+        scratch = self.folder.with_name(f".{self.name}.taken-over")
+        with disk_errors(self.folder):
+            shutil.rmtree(scratch, ignore_errors=True)  # of a kill in the middle
+            shutil.copytree(finished, scratch, copy_function=_link_or_copy)
+            scratch.rename(self.folder)
+
     def finish(self, key: str, seconds: float, **facts: Any) -> None:
         """Leave the done mark with `facts`, small values worth reading later; what was for resuming is deleted."""
         files = {
@@ -197,6 +211,14 @@ class Step:
     def seconds(self) -> float:
         """How long the finished step took."""
         return float(read_json(self.folder / DONE)["seconds"])
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if os.path.getsize(source) >= LINKED_BYTES:
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def _is_passing(place: Path) -> bool:

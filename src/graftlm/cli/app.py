@@ -57,6 +57,7 @@ def _before_the_verb(version: VersionAsked = False) -> None:
 
 
 app.command("run")(road.run)
+app.command("sweep")(road.sweep)
 app.command("preflight")(preflight.preflight)
 app.add_typer(tokenizer_app, name="tokenizer")
 tokenizer_app.command("graft")(tokenizer.tokenizer_graft)

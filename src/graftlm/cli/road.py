@@ -1,4 +1,4 @@
-"""Verbs of the road: run, expand."""
+"""Verbs of the road: run, sweep, expand."""
 
 from __future__ import annotations
 
@@ -42,6 +42,37 @@ def run(
     if result.questions:
         _show_questions(result.questions)
     print(f"model   {result.model}\nreport  {result.report}\nchat    {_program()} chat {result.model}")
+
+
+def sweep(
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="A sweep's file; recipes/experiments/ holds examples.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Knobs to change in every run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of all its runs; runs/NAME if not given.")] = None,
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Only check the recipe of every cell, and list them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run one recipe for every point of a grid, then compare the models on one page with a fitted trend.
+
+    Run it again to continue. Example: graftlm sweep recipes/experiments/data-scale.yaml --out runs/data-scale
+    """
+    from graftlm.sweep import cells_of, load_sweep, run_sweep
+
+    loaded = load_sweep(grid, overrides or ())
+    folder = out or Path("runs") / loaded.name
+    if check_only:
+        show({"cells": {cell.name: list(cell.overrides) for cell in cells_of(loaded, folder)}}, as_json)
+        return
+    result = run_sweep(loaded, folder)
+    if as_json:
+        show(result, True)
+        return
+    for cell in result.cells:
+        print(f"{cell['name']}  {cell['status']}  {cell['model'] or cell['problem']}")
+    print(f"page    {result.page}")
 
 
 def _program() -> str:

@@ -79,7 +79,7 @@ def _summary(found: Comparison, labels: Mapping[str, str]) -> str:
         figures = found.results[best][file]
         low, high = figures["interval"]
         cards.append(card(
-            f"Best on {Path(file).name}", labels[best],
+            f"Lowest on {Path(file).name}", labels[best],
             f"{figures['bits_per_byte']:.3g} bits per byte; 95 % interval {low:.3g} to {high:.3g}; lower is better",
         ))  # fmt: skip
         sentences += [_sentence(found, labels, name, file) for name in found.names[1:]]
@@ -88,7 +88,7 @@ def _summary(found: Comparison, labels: Mapping[str, str]) -> str:
         best = max(found.names, key=lambda name: found.results[name][file][measures[0]] or 0)
         share = found.results[best][file][measures[0]]
         told = f"{_TASK_NAMES[measures[0]]}, of {found.results[best][file]['num_questions']:,} questions"
-        cards.append(card(f"Best on {Path(file).name}", labels[best], f"{_percent(share)} {told}"))
+        cards.append(card(f"Most right on {Path(file).name}", labels[best], f"{_percent(share)} {told}"))
     for name in found.names[1:]:
         judged = [told["judged"] for told in found.results[name].values() if "judged" in told]
         if judged:
