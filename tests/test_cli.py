@@ -27,7 +27,8 @@ TEXTS = [
 ]
 VERBS = [
     ["run"], ["tokenizer", "graft"], ["tokenizer", "check"], ["tokenizer", "report"], ["expand"], ["data"], ["export"],
-    ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"], ["preflight"], ["serve"],
+    ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"], ["preflight"], ["serve"], ["compare"],
+    ["sweep"],
 ]  # fmt: skip
 EXPAND_KEYS = {"num_rows_old", "num_rows_new", "max_old_logit_difference", "row_rms"}
 
@@ -109,6 +110,12 @@ def test_every_verb_is_known_here() -> None:
         ),
         (["run"], "Missing argument", "graftlm run --help"),
         (["eval", "m"], "--data", "graftlm eval --help"),
+        (["compare", "m", "--data", "d", "--out", "p"], "must be a file that ends in .html", "--out NAME.html"),
+        (["compare", "m", "m", "--data", "d"], "m is named twice", "once"),
+        (["compare", "m", "--data", "d"], "1 model is no comparison", "graftlm eval"),
+        (["compare", "m", "n", "--data", "d", "--judge", "x"], "--judge is no address", "GRAFTLM_JUDGE_KEY"),
+        (["eval", "m", "--data", "missing.jsonl"], "missing.jsonl cannot be read", "existing file"),
+        (["sweep", "no.yaml"], "no.yaml", "recipes/"),
         (["chat", "m", "n"], "extra argument", "graftlm chat --help"),
         (["run", "no.yaml"], "There is no recipe no.yaml.", "recipes/"),
         (["chat", "m", "--json"], "--json belongs to --once", "Add --once"),

@@ -1,6 +1,6 @@
 """The documents: every command in them is run or checked, tables are current, both languages say the same.
 
-Run for real on a tiny model: tokenizer, expand, data, generate, eval, doctor, chat --once, and the guide's Python.
+Run for real on a tiny model: tokenizer, expand, data, generate, eval, compare, doctor, chat --once, the guide's Python.
 Checked without running: `make` (the target is there), `run` (recipe and overrides validate; the road itself has its
 own tests), `export`, `autopsy`, `serve` and a chat of many turns (verb and flags parse).
 """
@@ -23,13 +23,14 @@ from graftlm.cli.app import app, main
 from graftlm.model.causal import new_causal, save_causal
 from graftlm.recipe import Stage
 from graftlm.recipe_file import load_recipe
+from graftlm.sweep import load_sweep
 from graftlm.text.dialogue import CARD
 from graftlm.text.tokenizer import train_base_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md"), ("docs/guide.md", "docs/guide.zh.md")]
 DOCUMENTS = [*(name for pair in PAIRS for name in pair), "CONTRIBUTING.md"]
-RUN = ("tokenizer", "expand", "data", "generate", "eval", "doctor")
+RUN = ("tokenizer", "expand", "data", "generate", "eval", "compare", "doctor")
 
 
 def blocks(name: str, kind: str) -> list[str]:
@@ -59,6 +60,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"{text}{n}", "output": f"好的{n}。"} for n, text in enumerate(chinese)]
     for name in ("dialogues.jsonl", "heldout.jsonl"):
         (desk / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    question = {"question": "天空是什么颜色？", "choices": ["蓝色", "绿色"], "index": 0}
+    (desk / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     (desk / "prompts.jsonl").write_text('{"prompt": "你好"}\n', encoding="utf-8")
     tokenizer = train_base_tokenizer(["Below is an instruction.", "### Response: hello there", "one two three"], 320)
     model = new_causal(num_rows=tokenizer.num_pieces, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8)
@@ -82,6 +85,8 @@ def test_every_command_runs_or_would(
     elif verb in ("run", "preflight"):
         recipe, *overrides = [word for word in rest if word not in ("--out", _value(rest, "--out"))]
         load_recipe(recipe, overrides)
+    elif verb == "sweep":
+        assert load_sweep(Path(rest[0])).grid
     elif verb in RUN or "--once" in rest:
         _needs(command, desk)
         monkeypatch.setattr(sys, "argv", command)
