@@ -214,6 +214,20 @@ def test_generate_and_eval_print_one_object(run: Run, base: Path, tmp_path: Path
     assert low <= figures["bits_per_byte"] <= high
 
 
+def test_compare_prints_one_object_and_writes_a_page(run: Run, base: Path, tmp_path: Path) -> None:
+    rows, page = dialogues(tmp_path / "rows.jsonl"), tmp_path / "deep" / "page.html"
+    shutil.copytree(base, tmp_path / "copy")
+    models = (str(base), str(tmp_path / "copy"))
+    code, out, _ = run(
+        "compare", *models, "--data", rows, "--out", page, "--questions", "1", "--max-tokens", "2", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert list(found) == list(models)
+    assert found[models[1]][str(rows)]["difference"]["bits_per_byte"] == 0
+    assert page.is_file()
+
+
 def test_eval_refuses_files_without_answers(run: Run, base: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("only text here\n")
     for name, told in (("plain.txt", "holds no dialogue with an answer"), ("missing.jsonl", "missing.jsonl")):

@@ -102,8 +102,8 @@ def test_the_page_stands_alone_and_cannot_act(compared: Comparison) -> None:
 
 
 def test_names_are_short_as_long_as_they_differ() -> None:
-    assert short_names(["runs/a/6-model", "runs/b", "org/base"]) == {
-        "runs/a/6-model": "a", "runs/b": "b", "org/base": "base",
+    assert short_names(["runs/a/6-model", "runs/b", "org/base", "runs/a/0-scratch/model"]) == {
+        "runs/a/6-model": "a", "runs/b": "b", "org/base": "base", "runs/a/0-scratch/model": "0-scratch/model",
     }  # fmt: skip
     assert short_names(["x/m", "y/m"]) == {"x/m": "x/m", "y/m": "y/m"}
 

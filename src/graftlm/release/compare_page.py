@@ -66,7 +66,8 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         parts = [part for part in name.rstrip("/").split("/") if part not in ("", ".", "..")] or [name]
         is_inside = len(parts) > 1 and parts[-1].partition("-")[0].isdigit() and parts[-1].endswith("-model")
-        found[name] = parts[-2] if is_inside else parts[-1]
+        says_nothing = len(parts) > 1 and parts[-1] == "model"
+        found[name] = parts[-2] if is_inside else "/".join(parts[-2:]) if says_nothing else parts[-1]
     return found if len(set(found.values())) == len(found) else {name: name for name in names}
 
 
