@@ -12,6 +12,7 @@ from tiny_training import FIRST_NEW_ID, LORA_ALL, spoken_rows, stage_of, weights
 
 from graftlm.errors import NumericalStop
 from graftlm.run import read_metrics
+from graftlm.training.checkpoint import save_checkpoint, step_folder
 from graftlm.training.loop import StepRecord
 from graftlm.training.stage import StageRun
 
@@ -60,6 +61,16 @@ def test_what_was_rolled_back_leaves_no_trace(tmp_path: Path, base: Any) -> None
     assert fresh.recovery.num_rollbacks == 0
     for mended, other in zip(run.model.parameters(), fresh.model.parameters(), strict=True):
         torch.testing.assert_close(mended, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_fails_again_was_no_good(tmp_path: Path, base: Any) -> None:
+    run = make(tmp_path, base)
+    for step in (0, 4):
+        run.step = step
+        save_checkpoint(step_folder(run.checkpoints, step), run.state())
+    targets = [run.recovery.roll_back("it failed", 7, run.checkpoints).values["step"] for _ in range(3)]
+    assert targets == [4, 0, 0]
+    assert run.recovery.rate_factor == pytest.approx(0.3**3)
 
 
 def test_killed_after_a_rollback_it_ends_with_the_same_weights(tmp_path: Path, base: Any) -> None:

@@ -44,7 +44,12 @@ class LossWatch:
 
     @property
     def is_calm(self) -> bool:
-        """Whether a state saved now is one to go back to: no rise is half an alarm."""
+        """Whether a state saved now is one to go back to: no rise is half an alarm, and enough was seen to say so.
+
+        A rate far too high ruins the first steps' weights before the loss tells; nothing learned yet is good, too.
+        """
+        if 0 < len(self.quick.recent) < self.quick.window:
+            return False
         return all(eye.rise <= 0.5 * eye.limit for eye in (self.quick, self.slow))
 
     def state(self) -> dict[str, Any]:

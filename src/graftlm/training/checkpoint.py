@@ -104,10 +104,9 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next(reversed(whole_checkpoints(checkpoints)), None)
 
 
-def newest_good_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint whose `is_good` value is true: a state to roll back to. None without one."""
-    good = [folder for folder in whole_checkpoints(checkpoints) if read_json(folder / VALUES).get("is_good")]
-    return good[-1] if good else None
+def good_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints whose `is_good` value is true, oldest first: states to roll back to."""
+    return [folder for folder in whole_checkpoints(checkpoints) if read_json(folder / VALUES).get("is_good")]
 
 
 def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoint | None:
@@ -141,10 +140,10 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
 
 
 def prune_checkpoints(checkpoints: Path, num_kept: int = KEPT) -> None:
-    """Keep the newest `num_kept` complete checkpoints, and the newest good one (see `newest_good_checkpoint`)."""
-    good = newest_good_checkpoint(checkpoints)
+    """Keep the newest `num_kept` complete checkpoints and as many good ones: the newest of those may not be good enough."""
+    good = good_checkpoints(checkpoints)[-num_kept:]
     for folder in whole_checkpoints(checkpoints)[:-num_kept]:
-        if folder == good:
+        if folder in good:
             continue
         try:
             shutil.rmtree(folder)

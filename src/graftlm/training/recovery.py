@@ -24,7 +24,7 @@ from graftlm.health.incident import HOPELESS, Incident, finding_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
-from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_good_checkpoint, whole_checkpoints
+from graftlm.training.checkpoint import Checkpoint, good_checkpoints, load_checkpoint, whole_checkpoints
 from graftlm.training.loop import StepRecord
 from graftlm.training.replay import SkippedStep
 
@@ -53,6 +53,7 @@ class Recovery:
         self.num_rollbacks = 0
         self._in_a_row = self._num_replays = 0
         self._is_risen = False
+        self._went_back_to = ""
         self._last: Incident | None = None
         self._random: Mapping[str, Tensor] = random_states()
 
@@ -131,18 +132,23 @@ class Recovery:
     def roll_back(self, why: str, step: int, checkpoints: Path) -> Checkpoint:
         """The last good state, and the rate cut; what came after it is removed and the intervention written down.
 
+        Where trouble came again from a state gone back to, that state was no good: the one before it is taken.
         Raises NumericalStop when the budget is used up, or nothing good is left to go back to.
         """
-        good = newest_good_checkpoint(checkpoints)
-        if good is None or self.stage.recovery != "automatic" or self.num_rollbacks >= self.stage.max_rollbacks:
+        candidates = good_checkpoints(checkpoints)
+        is_beyond_budget = self.num_rollbacks >= self.stage.max_rollbacks
+        if not candidates or self.stage.recovery != "automatic" or is_beyond_budget:
             self._give_up(why, step)
-        assert good is not None
+        if len(candidates) > 1 and candidates[-1].name == self._went_back_to:
+            candidates.pop()
+        good = candidates[-1]
         saved = load_checkpoint(good)
         for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
             shutil.rmtree(later, ignore_errors=True)
         rate, number = self.rate_factor * RATE_CUT, self.num_rollbacks + 1
         self.restore(saved.values["recovery"])
         self.rate_factor, self.num_rollbacks, self._in_a_row = rate, number, 0
+        self._went_back_to = good.name
         text = (
             f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; the learning rate is "
             f"{rate:.3g} of the recipe's from there on."
@@ -175,6 +181,7 @@ class Recovery:
             "in_a_row": self._in_a_row,
             "num_replays": self._num_replays,
             "is_risen": self._is_risen,
+            "went_back_to": self._went_back_to,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -182,5 +189,5 @@ class Recovery:
         self.watch.restore(state["watch"])
         self.rate_factor, self.num_rollbacks = state["rate_factor"], state["num_rollbacks"]
         self._in_a_row, self._num_replays = state["in_a_row"], state["num_replays"]
-        self._is_risen = state["is_risen"]
+        self._is_risen, self._went_back_to = state["is_risen"], state["went_back_to"]
         self._random = random_states()

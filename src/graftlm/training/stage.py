@@ -36,9 +36,9 @@ from graftlm.training.batches import Steps
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
+    good_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    newest_good_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
@@ -243,8 +243,8 @@ class StageRun:
         return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
-        folder = newest_good_checkpoint(self.checkpoints)
-        return load_checkpoint(folder).tensors["weights"] if folder else None
+        good = good_checkpoints(self.checkpoints)
+        return load_checkpoint(good[-1]).tensors["weights"] if good else None
 
     def _train(self) -> None:
         num_steps = self.steps.num_steps
