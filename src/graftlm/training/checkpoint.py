@@ -140,7 +140,7 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
 
 
 def prune_checkpoints(checkpoints: Path, num_kept: int = KEPT) -> None:
-    """Keep the newest `num_kept` complete checkpoints and as many good ones: the newest of those may not be good enough."""
+    """Keep the newest `num_kept` complete checkpoints and as many good ones: the newest good one may yet fail."""
     good = good_checkpoints(checkpoints)[-num_kept:]
     for folder in whole_checkpoints(checkpoints)[:-num_kept]:
         if folder in good:
