@@ -45,9 +45,7 @@ def seconds_of(trains: dict, with_recorder: bool) -> tuple[list[float], list[flo
         {"name": "bench", "trains": trains, "batch_rows": 32, "precision": "fp32", "epochs": 1, "keep": "last",
          "checkpoint_every": 1000, "recovery": "off"}
     )  # fmt: skip
-    model = new_causal(
-        num_rows=NUM_PIECES, hidden_size=256, num_layers=8, num_heads=8, intermediate_size=688, seed=0
-    )
+    model = new_causal(num_rows=NUM_PIECES, hidden_size=256, num_layers=8, num_heads=8, intermediate_size=688, seed=0)
     inside: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         run = StageRun(model, stage, rows(32 * STEPS), {}, Path(folder), torch.device("cpu"), FIRST_NEW_ID)

@@ -17,6 +17,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+SPINS = ("", "0", "1000", "10000", "100000")
 ROUND = """
 import statistics, time, torch
 x = torch.randn(512, 128, requires_grad=True)
@@ -31,9 +32,9 @@ print(statistics.median(seconds))
 """
 
 
-def median_ms(policy: str, threads: int) -> float:
-    """Median milliseconds of a round under a waiting policy."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(threads)}
+def median_ms(spins: str, threads: int) -> float:
+    """Median milliseconds of a round whose threads spin so often before they sleep; "" leaves OpenMP its default."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"GOMP_SPINCOUNT": spins} if spins else {})}
     told = subprocess.run([sys.executable, "-c", ROUND], env=environment, check=True, capture_output=True, text=True)
     return 1000 * float(told.stdout)
 
@@ -47,8 +48,8 @@ def main() -> None:
     for situation in ("alone", "one core busy"):
         busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if situation != "alone" else None
         try:
-            arms = {policy: [median_ms(policy, threads) for _ in range(3)] for policy in ("ACTIVE", "PASSIVE")}
-            one = [median_ms("PASSIVE", 1) for _ in range(3)]
+            arms = {f"{spins or 'default'} spins": [median_ms(spins, threads) for _ in range(3)] for spins in SPINS}
+            one = [median_ms("", 1) for _ in range(3)]
         finally:
             if busy:
                 busy.kill()
