@@ -168,6 +168,8 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizer, tmp_path):
 
 
 HISTORY = [("user", "write a task"), ("assistant", "a task"), ("user", "describe a request")]
+
+
 def test_an_export_is_whole_or_absent(tokenizer, tmp_path):
     """Interrupted while it is written or checked, it leaves nothing; what an earlier kill left is cleared away."""
     out, source = tmp_path / "out", source_of_model(small_model(tokenizer.num_pieces))

@@ -78,9 +78,9 @@ app.command("doctor")(machine.doctor)
 
 def main() -> None:
     """Run the command line; every mistake of the user ends in two lines and an exit code."""
-    # Read by OpenMP when torch loads it. Threads that spin while they wait take the cores from each other as soon as
-    # anything else runs: 12 to 16 times slower on two cores with one busy (bench/waiting.py).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by GNU OpenMP when torch loads it: how long a thread spins before it sleeps. Its default makes training many
+    # times slower as soon as anything else holds a core; this is as fast alone (docs/log.md, bench/waiting.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Libraries warn their own developers of what they will rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
