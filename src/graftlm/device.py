@@ -71,12 +71,12 @@ def use_all_cores() -> None:
         torch.set_num_threads(num_cores())
 
 
-def available_memory_bytes() -> int:
-    """Memory the system can give without swapping, caches it would let go of counted in; less where it does not say."""
+def available_memory_bytes() -> int | None:
+    """Memory the system can give without swapping, caches it would let go of counted in; None where it does not say."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

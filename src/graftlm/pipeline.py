@@ -6,10 +6,11 @@ work: `road.py` does.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,7 @@ def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> 
     `relatives` are folders of other runs: a step one of them has finished for the same order is taken over from it.
     Raises UserError, NumericalStop, DiskError, Interrupted.
     """
-    check_inputs(recipe)
-    use_all_cores()
-    with RunFolder(folder, recipe.name) as run:
-        walk = _Walk(recipe, run.folder, relatives)
-        orders = walk.orders()
-        walk.refuse_lost_training(orders)
-        walk.look_at_inputs(orders)
-        run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
+    with _begun(recipe, folder, relatives) as (walk, orders):
         try:
             result = walk.take_all(orders)
         except NumericalStop as stop:
@@ -102,15 +96,8 @@ def preflight_recipe(recipe: Recipe, folder: Path) -> PreflightResult:
 
     Raises UserError, DiskError, Interrupted.
     """
-    check_inputs(recipe)
-    use_all_cores()
     result = PreflightResult()
-    with RunFolder(folder, recipe.name) as run:
-        walk = _Walk(recipe, run.folder)
-        orders = walk.orders()
-        walk.refuse_lost_training(orders)
-        walk.look_at_inputs(orders)
-        run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
+    with _begun(recipe, folder) as (walk, orders):
         walk.take_before_stages(orders)
         for name, look, findings in walk.road.look_at_stages():
             result.findings += [{"stage": name, **asdict(finding)} for finding in findings]
@@ -120,6 +107,20 @@ def preflight_recipe(recipe: Recipe, folder: Path) -> PreflightResult:
                 result.headroom_bits = bits if result.headroom_bits is None else min(bits, result.headroom_bits)
             result.first_loss = result.first_loss or dict(look.first_loss)
     return result
+
+
+@contextlib.contextmanager
+def _begun(recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> Iterator[tuple[_Walk, dict[str, Order]]]:
+    """A walk in a locked run folder, once nothing speaks against it; the resolved recipe is written."""
+    check_inputs(recipe)
+    use_all_cores()
+    with RunFolder(folder, recipe.name) as run:
+        walk = _Walk(recipe, run.folder, relatives)
+        orders = walk.orders()
+        walk.refuse_lost_training(orders)
+        walk.look_at_inputs(orders)
+        run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
+        yield walk, orders
 
 
 def due_steps(recipe: Recipe, folder: Path) -> list[str]:

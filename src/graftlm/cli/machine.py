@@ -24,9 +24,10 @@ def doctor(as_json: AsJson = False) -> None:
         "cpu": {"cores": num_cores(), **_precisions(fastest_precision(torch.device("cpu")))},
         **{f"cuda:{index}": _gpu(index) for index in range(torch.cuda.device_count())},
     }
+    memory_bytes = available_memory_bytes()
     free = {
         "disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
-        "memory_gib": round(available_memory_bytes() / 2**30, 1),
+        "memory_gib": None if memory_bytes is None else round(memory_bytes / 2**30, 1),
     }
     show({"versions": versions(), "devices": devices, "free": free}, as_json)
 

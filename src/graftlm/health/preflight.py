@@ -4,7 +4,7 @@ Owns the rules on headroom, scale, row sizes, first loss, dtypes and on what doe
 `training/look.py` takes them. A finding here costs a second; the same fault found by the training run costs hours.
 
 Sources of thresholds: IEEE 754 for fp16's range; the others lie between the planted faults and the healthy runs of
-`tests/health/test_catalogue.py`, which prints both.
+`tests/training/test_catalogue.py`.
 """
 
 from __future__ import annotations

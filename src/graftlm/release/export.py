@@ -39,6 +39,7 @@ from graftlm.model.weights import stored_tensors, tensor_sha256, write_folder
 from graftlm.release.gguf_file import Quantization, source_of_gguf, write_gguf
 from graftlm.release.gguf_vocabulary import add_vocabulary
 from graftlm.run import disk_errors, say
+from graftlm.talk.generate import stop_ids_of
 from graftlm.text.dialogue import BUILT_IN, CARD, Conversation, Message, Template, render
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -172,7 +173,7 @@ def export_gguf(
 
     def add_more(writer: GGUFWriter) -> None:
         writer.add_name(name)
-        add_vocabulary(writer, tokenizer, template, answer_ends(tokenizer, template))
+        add_vocabulary(writer, tokenizer, template, sorted(stop_ids_of(tokenizer, template)))
 
     def write(scratch: Path) -> None:
         digests.update(write_gguf(source, scratch / file, quantization, num_pieces, add_more))
@@ -227,7 +228,7 @@ def generation_settings(num_rows: int, tokenizer: Tokenizer, template: Template)
     Suppressed are rows beyond the tokenizer (padding no training moved, which may win all the same) and the
     control pieces that begin, pad or stand for the unknown.
     """
-    ends = answer_ends(tokenizer, template)
+    ends = sorted(stop_ids_of(tokenizer, template))
     silent = {i for i in (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id) if i is not None} - set(ends)
     never = sorted(silent | set(range(tokenizer.num_pieces, num_rows)))
     return GenerationConfig(
@@ -237,13 +238,6 @@ def generation_settings(num_rows: int, tokenizer: Tokenizer, template: Template)
         suppress_tokens=never or None,
         do_sample=False,
     )
-
-
-def answer_ends(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Ids at which an answer ends: end-of-text, and the control piece the template puts behind an answer."""
-    rendered = render(SAMPLES[0], tokenizer, template)
-    targets = [i for i, learned in zip(rendered.ids, rendered.is_target, strict=True) if learned]
-    return sorted({tokenizer.eos_id, *(i for i in targets[-1:] if i in tokenizer.special_ids)})
 
 
 def template_of(jinja: str) -> Template:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.preflight import Look, RoleNumbers
-from graftlm.health.probe import Probe, bits_below, plain_name, watching
+from graftlm.health.probe import Probe, bits_below, first_bad_weight, plain_name, watching
 from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
 from graftlm.model.rows import Role, parameter_groups_by_role
@@ -35,7 +35,7 @@ def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, firs
     roles = parameter_groups_by_role(model)
     num_vocab_rows = len(head_weight(model))
     bad_row_id = _row_outside(steps.rows, num_vocab_rows)
-    bad_weight = _bad_weight(model, first_new_id)
+    bad_weight = first_bad_weight(model, first_new_id)
     probe, first_loss, ids = Probe(), {}, []
     num_targets = num_tokens = 0
     batch = _first_batch(steps, precision.device)
@@ -155,23 +155,6 @@ def _row_rms(model: Any, first_new_id: int | None) -> dict[str, tuple[float, flo
 
     matrices = zip(("embedding", "head"), vocabulary_modules(model), strict=True)
     return {name: (rms(m.weight[:first_new_id]), rms(m.weight[first_new_id:])) for name, m in matrices}
-
-
-def _bad_weight(model: Any, first_new_id: int | None) -> str:
-    """The first parameter, learning or not, with a number that is not finite; of a vocabulary matrix, its row too."""
-    named = list(model.named_parameters())
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for _, p in named])])
-    for place in (~torch.isfinite(norms)).nonzero().flatten().tolist():
-        name, parameter = named[place]
-        rows = (~torch.isfinite(parameter.detach())).reshape(len(parameter), -1).any(-1).nonzero()
-        if not len(rows):
-            continue  # finite and so large that its norm is not
-        if not any(parameter is p for m in vocabulary_modules(model) for p in m.parameters()):
-            return plain_name(name)
-        # The second part of a split matrix begins with the first new piece.
-        offset = (first_new_id or 0) if name.endswith("original1") else 0
-        return f"{plain_name(name)}, row {int(rows[0]) + offset}"
-    return ""
 
 
 def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:

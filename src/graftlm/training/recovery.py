@@ -162,7 +162,7 @@ class Recovery:
 
     def _told(self, why: str) -> str:
         """Why, and what the last replay found."""
-        return f"{why.splitlines()[0].rstrip('.')}. {finding_of(self._last).evidence if self._last else ''}".strip()
+        return f"{why.rstrip('.')}. {finding_of(self._last).evidence if self._last else ''}".strip()
 
     def _give_up(self, why: str, step: int) -> NoReturn:
         count = self.num_rollbacks

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.incident import HOPELESS, Class, Incident, Replayed, classify
-from graftlm.health.probe import BadTensor, plain_name, watching
+from graftlm.health.probe import BadTensor, first_bad_weight, watching
 from graftlm.training.ablation import roles_put_back
 from graftlm.training.batches import Batch, Steps, row_batches
 from graftlm.training.loop import response_loss_sum
@@ -69,7 +69,7 @@ def replay(
         in_fp32 = take(replace(unscaled, compute_dtype=torch.float32), 1.0, needs_backward=False)
     seen = Replayed(
         num_targets=sum(len(batch.targets_N) for batch in batches),
-        bad_weight=_bad_weight(model),
+        bad_weight=first_bad_weight(model, first_new_id),
         is_forward_finite=at_one.is_forward_finite,
         is_forward_finite_in_fp32=in_fp32.is_forward_finite,
         is_finite=at_one.is_finite,
@@ -132,13 +132,6 @@ def _pass(model: Any, batches: Sequence[Batch], precision: Precision, scale: flo
 def _gradients_finite(model: Any) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-
-
-def _bad_weight(model: Any) -> str:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            return plain_name(name)
-    return ""
 
 
 def _incident(

@@ -196,10 +196,7 @@ class StageRun:
                 f"learned (loss scale {self.precision.loss_scale:g})."
             )
             self.metrics.append("stopped", step=self.step, text=text)
-            raise NumericalStop(
-                text,
-                "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.",
-            )
+            raise NumericalStop(text, "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.")
         self._keep_result()
         if self.is_stopping:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
@@ -230,11 +227,15 @@ class StageRun:
     def _train_or_roll_back(self) -> None:
         try:
             self._train()
-        except (Trouble, NumericalStop) as trouble:
-            if isinstance(trouble, NumericalStop):
-                self.recovery.see_stop(trouble, self.step + 1, self.precision.loss_scale)
-            self._go_back_to(self.recovery.roll_back(str(trouble), self.step, self.checkpoints))
-            self._save()  # so that a run killed from here on goes on with the rate cut
+        except Trouble as trouble:
+            self._roll_back(str(trouble))
+        except NumericalStop as stop:
+            self.recovery.see_stop(stop, self.step + 1, self.precision.loss_scale)
+            self._roll_back(stop.problem)
+
+    def _roll_back(self, why: str) -> None:
+        self._go_back_to(self.recovery.roll_back(why, self.step, self.checkpoints))
+        self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
         return replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)

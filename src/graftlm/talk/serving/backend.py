@@ -6,7 +6,7 @@ Owns what the routes need of either, and the bridge from the engine's thread to 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from graftlm.talk.generate import Chatbot
@@ -18,12 +18,32 @@ class AnswerFailed(Exception):
     """The model failed while answering; the server goes on."""
 
 
-class Pieces(Protocol):
-    """Pieces of all asks of a request, as they come; `aclose` stops the model, begun or not."""
+class Pieces(AsyncIterator[Piece]):
+    """Pieces of all asks of a request, as they come, until each answer has ended.
 
-    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    Whoever computes them puts them in, None for a failure; `aclose` calls `leave` where an answer has not ended.
+    """
 
-    async def aclose(self) -> None: ...
+    def __init__(self, num_asks: int) -> None:
+        self._left = num_asks
+        self._queue: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self.put = self._queue.put_nowait
+        self.leave: Callable[[], Awaitable[None]] | None = None
+
+    async def __anext__(self) -> Piece:
+        if not self._left:
+            raise StopAsyncIteration
+        piece = await self._queue.get()
+        if piece is None:
+            raise AnswerFailed
+        self._left -= piece.finish is not None
+        return piece
+
+    async def aclose(self) -> None:
+        """Stop the model, begun or not, for answers nobody waits for any more."""
+        if self._left and self.leave:
+            self._left = 0
+            await self.leave()
 
 
 class Backend(Protocol):
@@ -68,7 +88,14 @@ class OwnBackend:
 
     async def answer(self, asks: Sequence[Ask]) -> Pieces:
         """Queue the asks. Raises Busy."""
-        return _EnginePieces(self.engine, asks)
+        pieces = Pieces(len(asks))
+        ticket = self.engine.submit(asks, pieces.put)
+
+        async def leave() -> None:
+            self.engine.cancel(ticket)
+
+        pieces.leave = leave
+        return pieces
 
     @property
     def is_alive(self) -> bool:
@@ -92,29 +119,6 @@ class OwnBackend:
             "answers_waiting": self.engine.num_waiting,
             "cache_bytes": self.engine.cache_bytes,
         }
-
-
-class _EnginePieces(AsyncIterator[Piece]):
-    """What the engine says to one request."""
-
-    def __init__(self, engine: Engine, asks: Sequence[Ask]) -> None:
-        self._engine, self._left = engine, len(asks)
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self._ticket = engine.submit(asks, self._pieces.put_nowait)
-
-    async def __anext__(self) -> Piece:
-        if not self._left:
-            raise StopAsyncIteration
-        piece = await self._pieces.get()
-        if piece is None:
-            raise AnswerFailed
-        self._left -= piece.finish is not None
-        return piece
-
-    async def aclose(self) -> None:
-        if self._left:
-            self._left = 0
-            self._engine.cancel(self._ticket)
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: list[tuple[Sink, Piece | None]]) -> None:

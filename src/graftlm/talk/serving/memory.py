@@ -5,15 +5,14 @@ Owns that one figure. Does not know who uses it.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from graftlm.device import available_memory_bytes
 from graftlm.talk.serving.slots import Slots
 
 # The rest is for activations, the copy made while buffers grow, and whoever else uses the machine.
 GPU_SHARE, CPU_SHARE = 0.6, 0.25
-_UNKNOWN_BYTES = 2 * 2**30
+UNKNOWN_BYTES = 2 * 2**30  # a modest guess where the system does not say
 
 
 def cache_budget_tokens(slots: Slots, most_tokens: int) -> int:
@@ -21,14 +20,5 @@ def cache_budget_tokens(slots: Slots, most_tokens: int) -> int:
     if slots.device.type == "cuda":
         room_bytes = GPU_SHARE * torch.cuda.mem_get_info(slots.device)[0]
     else:
-        room_bytes = CPU_SHARE * _available_bytes()
+        room_bytes = CPU_SHARE * (available_memory_bytes() or UNKNOWN_BYTES)
     return min(most_tokens, int(room_bytes // slots.token_bytes))
-
-
-def _available_bytes() -> int:
-    """Memory the system can give without swapping (Linux); a modest guess elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return _UNKNOWN_BYTES

@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,31 @@ class VllmBackend:
         """One stream an ask. Raises Busy."""
         if self.num_running + len(asks) > MAX_ROWS + MAX_WAITING:
             raise Busy(1)
-        return _Streams(self, asks)
+        pieces = Pieces(len(asks))
+        self.num_running += len(asks)
+        tasks = [asyncio.ensure_future(self._follow(index, ask, pieces)) for index, ask in enumerate(asks)]
+        for task in tasks:
+            task.add_done_callback(self._one_less)  # also of one that is cancelled before it begins
+
+        async def leave() -> None:
+            # vLLM stops an answer whose connection closes.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        pieces.leave = leave
+        return pieces
+
+    async def _follow(self, index: int, ask: Ask, pieces: Pieces) -> None:
+        try:
+            async with contextlib.aclosing(self.stream(index, ask)) as stream:
+                async for piece in stream:
+                    pieces.put(piece)
+        except (AnswerFailed, OSError, ValueError, KeyError):
+            pieces.put(None)
+
+    def _one_less(self, _: asyncio.Task[None]) -> None:
+        self.num_running -= 1
 
     @property
     def is_alive(self) -> bool:
@@ -198,41 +222,6 @@ class VllmBackend:
 
     def _scored(self, name: str, logprob: float) -> Scored:
         return Scored(self.tokenizer.token_bytes(int(name.removeprefix("token_id:"))), logprob)
-
-
-class _Streams(AsyncIterator[Piece]):
-    """The streams of one request's asks, as they come."""
-
-    def __init__(self, backend: VllmBackend, asks: Sequence[Ask]) -> None:
-        self._backend, self._left = backend, len(asks)
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        backend.num_running += len(asks)
-        self._tasks = [asyncio.ensure_future(self._follow(index, ask)) for index, ask in enumerate(asks)]
-
-    async def _follow(self, index: int, ask: Ask) -> None:
-        try:
-            async with contextlib.aclosing(self._backend.stream(index, ask)) as pieces:
-                async for piece in pieces:
-                    self._pieces.put_nowait(piece)
-        except (AnswerFailed, OSError, ValueError, KeyError):
-            self._pieces.put_nowait(None)
-        finally:
-            self._backend.num_running -= 1
-
-    async def __anext__(self) -> Piece:
-        if not self._left:
-            raise StopAsyncIteration
-        piece = await self._pieces.get()
-        if piece is None:
-            raise AnswerFailed
-        self._left -= piece.finish is not None
-        return piece
-
-    async def aclose(self) -> None:
-        """Leave: vLLM stops an answer whose connection closes."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def _free_port() -> int:
