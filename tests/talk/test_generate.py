@@ -53,11 +53,11 @@ def test_answers_stop_at_the_end_token_and_count(speaking, tokenizer) -> None:
 
 def test_batched_answers_equal_single_ones(chatbot) -> None:
     conversations = [ask(question) for question in QUESTIONS] + [ask("hello", "one two", "and three?")]
-    drawn = Sampling(1.3, repetition_penalty=1.2, max_new_tokens=16, seed=4)
+    drawn = Sampling(1.3, repetition_penalty=1.2, max_new_tokens=16, seed=6)
     for sampling in (Sampling(max_new_tokens=24), drawn):
         single = [chatbot.answer(conversation, sampling) for conversation in conversations]
         assert chatbot.answer_many(conversations, sampling) == single
-        assert len({answer.text for answer in single}) > 1
+        assert len({answer.text for answer in single}) > 3
 
 
 def test_answers_equal_transformers(chatbot, tokenizer) -> None:
