@@ -124,13 +124,14 @@ def _dtypes(look: Look) -> list[Finding]:
                         "are rounded away or blow up.",
                         "Train fp32 masters: load the weights in fp32 and let precision choose the products' dtype.")
             )  # fmt: skip
-        zero = [name for name in numbers.dtypes if torch.tensor(look.eps, dtype=getattr(torch, name)).item() == 0.0]
-        if zero:
-            findings.append(
-                Finding("eps-underflow", "fatal", f"{role}, eps", None,
-                        f"Adam's eps {look.eps:g} is 0 in {zero[0]}: a parameter without gradient becomes 0/0 = NaN.",
-                        "Raise eps (1e-8 in fp32, 1e-6 or more in 16 bits), or train fp32 masters.")
-            )  # fmt: skip
+    dtypes = sorted({name for numbers in look.roles.values() for name in numbers.dtypes})
+    zero = [name for name in dtypes if torch.tensor(look.eps, dtype=getattr(torch, name)).item() == 0.0]
+    if zero:
+        findings.append(
+            Finding("eps-underflow", "fatal", "eps", None,
+                    f"Adam's eps {look.eps:g} is 0 in {zero[0]}: a parameter without gradient becomes 0/0 = NaN.",
+                    "Raise eps (1e-8 in fp32, 1e-6 or more in 16 bits), or train fp32 masters.")
+        )  # fmt: skip
     return findings
 
 
