@@ -1,6 +1,6 @@
 """Why did LoRA on an expanded base diverge? A grid of rates, each cell plain, with the neighbours' mistake, and mended.
 
-    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 40] [--seeds 1]
+    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 40] [--seeds 3]
 
 Every cell starts from the same grafted base and sees the same rows in fp16. On a CPU a product of fp16 matrices is made
 as a GPU's tensor cores make it, from fp16 numbers with sums in fp32, rounded to fp16 (`HalfProducts`; torch's own
@@ -12,6 +12,8 @@ emulation gives the same and takes twenty times as long). Arms:
 - `automatic`: the recipe's default: replay, rollback, rate cut, best weights kept.
 
 Orders: `lora` straight on the base, or `full-first`: half of the steps full-parameter at the card's rate before it.
+The other axes of the card's grid (rank, alpha, dropout, warm-up) are thinned to one changed value each, at a rate where
+the plain recipe breaks (`CHANGES`); seeds after the first are run there too, straight on the base.
 Held-out loss (nats per answer token, fp32) is written for each; `results.json` grows cell by cell, so that an
 interrupted grid goes on where it was. Nothing here is tuned on the cells: rates, budget and cut are the defaults.
 """
@@ -22,6 +24,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,14 @@ HERE = Path(__file__).parent
 RATES = (4e-4, 4e-3, 2e-2, 1e-1)
 ARMS = ("plain", "no-master", "automatic")
 ORDERS = ("lora", "full-first")
+BREAKING = (2e-2, 1e-1)
+CHANGES: dict[str, dict[str, Any]] = {
+    "": {},
+    "rank 8": {"trains": {"kind": "lora", "rank": 8, "alpha": 32}},
+    "alpha 128": {"trains": {"kind": "lora", "rank": 64, "alpha": 128}},
+    "dropout 0.1": {"trains": {"kind": "lora", "rank": 64, "alpha": 32, "dropout": 0.1}},
+    "no warm-up": {"warmup_steps": 0},
+}
 FP32 = Precision(torch.float32, torch.device("cpu"))
 
 
@@ -92,13 +103,14 @@ def train(
 def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, recipe_stage: Stage, key: tuple, out: Path,
          num_steps: int) -> dict[str, Any]:  # fmt: skip
     """Train one cell; what came of it."""
-    order, arm, rate, seed = key
+    order, arm, rate, seed, change = key
     began = time.perf_counter()
-    folder = out / "cells" / "-".join(map(str, key))
+    folder = out / "cells" / "-".join(str(part).replace(" ", "-") for part in key if part != "")
     shutil.rmtree(folder, ignore_errors=True)
     model: Any = load_causal(base)
-    found: dict[str, Any] = {"order": order, "arm": arm, "rate": rate, "seed": seed}
-    stages = [recipe_stage.model_copy(update={"peak_lr": rate, **knobs(arm, seed)})]
+    found: dict[str, Any] = {"order": order, "arm": arm, "rate": rate, "seed": seed, "change": change}
+    own = {"peak_lr": rate, **knobs(arm, seed), **CHANGES[change]}
+    stages = [Stage.model_validate({**recipe_stage.model_dump(), **own})]
     if order == "full-first":
         full = {
             **recipe_stage.model_dump(),
@@ -131,6 +143,18 @@ def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, rec
     return found
 
 
+def grid(num_seeds: int, rates: Sequence[float]) -> list[tuple]:
+    """Every cell, those that matter most first: (order, arm, rate, seed, change)."""
+    arms = ("plain", "automatic")
+    keys = [(order, "no-master", rates[0], 0, "") for order in ORDERS]  # broken at the mildest rate already
+    keys += [(order, arm, rate, 0, "") for order in ORDERS for rate in rates for arm in arms]
+    broken = [rate for rate in rates if rate in BREAKING]
+    keys += [("lora", arm, rate, seed, "") for seed in range(1, num_seeds) for rate in broken for arm in arms]
+    return keys + [
+        ("lora", arm, rate, 0, change) for rate in broken[:1] for change in CHANGES if change for arm in arms
+    ]
+
+
 def draw(results: dict[str, Any], file: Path) -> None:
     """A map: orders and arms down, rates across, held-out loss as colour; a cross where the run stopped."""
     from matplotlib import pyplot
@@ -140,7 +164,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
     grid = np.full((len(rows), len(rates)), np.nan)
     for place, (order, arm) in enumerate(rows):
         for column, rate in enumerate(rates):
-            found = [c["loss"] for c in results["cells"] if (c["order"], c["arm"], c["rate"]) == (order, arm, rate)]
+            cells = [c for c in results["cells"] if not c["change"]]
+            found = [c["loss"] for c in cells if (c["order"], c["arm"], c["rate"]) == (order, arm, rate)]
             finite = [x for x in found if x is not None and np.isfinite(x)]
             grid[place, column] = np.median(finite) if finite and len(finite) == len(found) else np.nan
     figure, axes = pyplot.subplots(figsize=(7, 4))
@@ -163,7 +188,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--steps", type=int, default=40)
     arguments.add_argument("--heldout", type=int, default=100, help="held-out rows read")
-    arguments.add_argument("--seeds", type=int, default=1)
+    arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates of the LoRA stage")
     arguments.add_argument("overrides", nargs="*", help="of the recipe, section.key=value")
     given = arguments.parse_args()
@@ -177,10 +202,8 @@ def main() -> None:
     file = given.out / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {"steps": given.steps, "cells": []}
     results["untrained_loss"] = heldout_losses(load_causal(prepared / "2-base"), heldout, FP32, 8192).loss_per_target
-    done = {(c["order"], c["arm"], c["rate"], c["seed"]) for c in results["cells"]}
-    keys = [(o, a, r, s) for s in range(given.seeds) for o in ORDERS for r in given.rates for a in ARMS]
-    keys = [key for key in keys if key[1] != "no-master" or key[2] == RATES[0]]  # broken at the mildest rate already
-    for key in keys:
+    done = {(c["order"], c["arm"], c["rate"], c["seed"], c["change"]) for c in results["cells"]}
+    for key in grid(given.seeds, given.rates):
         if key in done:
             continue
         found = cell(prepared / "2-base", rows, heldout, first_new_id, recipe.stages[0], key, given.out, given.steps)
