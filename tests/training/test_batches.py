@@ -7,7 +7,7 @@ import torch
 from graftlm.device import Precision
 from graftlm.model.packed import attend_packed
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import common_prefix, make_batch, pack, row_batches
+from graftlm.training.batches import NO_SPARING, Sparing, common_prefix, make_batch, pack, row_batches
 from graftlm.training.loop import response_loss_sum
 from tests.training.tiny_training import tiny_model
 
@@ -27,6 +27,7 @@ FRAMED = rows_of([
     ([1, 5, 6, 7, 22, 2], [0, 0, 0, 0, 0, 1]),
     ([1, 5, 6, 7, 9, 10, 11, 30, 2], [0, 0, 0, 0, 0, 0, 0, 1, 1]),
 ])  # fmt: skip
+LEARNED = rows_of([([1, *range(5, 30)], [0] + [1] * 25)] * 3)
 
 
 def test_packing_is_deterministic_and_within_the_budget() -> None:
@@ -57,6 +58,12 @@ def test_the_common_beginning_never_holds_what_a_target_is_predicted_from(
     assert common_prefix(rows_of(rows), range(len(rows))) == expected
 
 
+def test_the_last_layer_is_whole_where_nearly_every_position_is_labelled() -> None:
+    few, most = (make_batch(rows, [0, 1, 2], CPU, is_last_layer_sparse=True) for rows in (FRAMED, LEARNED))
+    assert torch.equal(few.layout.ends_at_N, few.labelled_N)
+    assert most.layout.ends_at_N is None
+
+
 def test_a_batch_names_the_same_targets_with_and_without_sharing() -> None:
     plain, shared = (make_batch(FRAMED, [0, 1, 2], CPU, num_shared) for num_shared in (0, 4))
     assert torch.equal(plain.targets_N, shared.targets_N)
@@ -69,17 +76,18 @@ def test_a_batch_names_the_same_targets_with_and_without_sharing() -> None:
 
 
 @pytest.mark.parametrize("budget", [9, 12, 64])
-def test_sharing_the_beginning_changes_neither_loss_nor_gradients(budget: int) -> None:
+def test_work_left_out_changes_neither_loss_nor_gradients(budget: int) -> None:
     """float32, within rounding; exact equality in float64 is tested beside the attention itself."""
     found = []
-    for shares in (False, True):
+    for sparing in (NO_SPARING, Sparing(prefix=True, last_layer=False), Sparing()):
         model = tiny_model()
         attend_packed(model.get_decoder())
         precision = Precision(torch.float32, CPU)
-        losses = [response_loss_sum(model, b, precision) for b in row_batches(FRAMED, [0, 1, 2], budget, CPU, shares)]
+        losses = [response_loss_sum(model, b, precision) for b in row_batches(FRAMED, [0, 1, 2], budget, CPU, sparing)]
         sum(losses).backward()
         found.append((sum(losses).item(), [p.grad for p in model.parameters()]))
-    (plain_loss, plain), (shared_loss, shared) = found
-    assert shared_loss == pytest.approx(plain_loss, rel=1e-6)
-    for a, b in zip(plain, shared, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * a.abs().max().item())
+    (plain_loss, plain), *others = found
+    for loss, spared in others:
+        assert loss == pytest.approx(plain_loss, rel=1e-6)
+        for a, b in zip(plain, spared, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * a.abs().max().item())

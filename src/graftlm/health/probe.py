@@ -25,13 +25,15 @@ FP16_MAX = 65_504.0  # IEEE 754 binary16
 class BadTensor:
     """The first non-finite tensor of a pass in time order (forward before backward).
 
-    `place` is its first bad entry's place in the packed micro-batch: the token; `num_bad` counts the bad entries.
+    `place` is the first of its `num_places` positions that holds a bad entry: of all tokens, or of the labelled ones
+    in a last layer computed only there. `num_bad` counts the bad entries.
     """
 
     phase: Phase
     module: str
     place: int
     num_bad: int
+    num_places: int
 
 
 @dataclass(slots=True)
@@ -62,7 +64,7 @@ class Probe:
 def _bad_tensor(phase: Phase, name: str, values: Tensor) -> BadTensor:
     bad = ~torch.isfinite(values)
     by_token = bad.reshape(-1, bad.shape[-1]).any(-1) if bad.ndim > 1 else bad
-    return BadTensor(phase, name, int(by_token.nonzero()[0]), int(bad.sum()))
+    return BadTensor(phase, name, int(by_token.nonzero()[0]), int(bad.sum()), len(by_token))
 
 
 @contextmanager

@@ -9,13 +9,16 @@ Rows that begin with the same tokens (a chat template's opening words) may share
 and every row attends to its keys and values as to its own. What a prefix position computes depends on the prefix alone,
 so the result is the same; its gradient is the sum over the rows.
 
-Shapes: B rows of a group, L positions of a group, P tokens of the shared prefix, T tokens of the micro-batch, H heads,
-D head size.
+Where the last layer is computed at labelled positions only (`body.py`), their queries alone attend: to the keys of the
+whole row, as causality has it.
+
+Shapes: B rows of a group, L positions of a group, M labelled positions of a group's row, P tokens of the shared prefix,
+T tokens and N labelled positions of the micro-batch, H heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +32,29 @@ MAX_PADDING_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
+class Queries:
+    """A group's labelled positions. `gather_BM` finds each among the N labelled ones; `real_BM` marks no padding.
+
+    `seen_B1MK` says which of the P + L keys each query sees.
+    """
+
+    gather_BM: torch.Tensor
+    real_BM: torch.Tensor
+    flat: torch.Tensor
+    seen_B1MK: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows attended together. `gather_BL` finds each position in the flat sequence; `real_BL` marks no padding."""
+    """Rows attended together. `gather_BL` finds each position in the flat sequence; `real_BL` marks no padding.
+
+    `queries` are its labelled positions: None where it has none, or where every position is computed to the end.
+    """
 
     gather_BL: torch.Tensor
     real_BL: torch.Tensor
     flat_N: torch.Tensor
+    queries: Queries | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +62,22 @@ class PackedLayout:
     """Where each row of a packed micro-batch lies: its groups, and positions that restart in every row.
 
     The first `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them.
+    `ends_at_N` are the positions the last layer is computed at; None means all.
     """
 
     groups: tuple[RowGroup, ...]
     positions_1T: torch.Tensor
     num_shared: int = 0
+    ends_at_N: torch.Tensor | None = None
 
 
-def make_layout(lengths: Sequence[int], device: torch.device, num_shared: int = 0) -> PackedLayout:
-    """Lay out rows of these own lengths (tokens) in the order in which they lie end to end, behind `num_shared`."""
+def make_layout(
+    lengths: Sequence[int], device: torch.device, num_shared: int = 0, ends_at_N: torch.Tensor | None = None
+) -> PackedLayout:
+    """Lay out rows of these own lengths (tokens) in the order in which they lie end to end, behind `num_shared`.
+
+    `ends_at_N` are rising positions, none in the prefix, to which alone the last layer is to be computed.
+    """
     starts = [num_shared]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -64,20 +91,47 @@ def make_layout(lengths: Sequence[int], device: torch.device, num_shared: int = 
         else:
             groups.append([row])
             filled = lengths[row]
-    built = tuple(_group([(starts[row], lengths[row]) for row in group], device) for group in groups)
+    places = [[(starts[row], lengths[row]) for row in group] for group in groups]
+    built = tuple(_group(group, device, num_shared, ends_at_N) for group in places)
     own = [torch.arange(num_shared, num_shared + length) for length in lengths]
     positions = torch.cat([torch.arange(num_shared), *own]).to(device)
-    return PackedLayout(built, positions[None], num_shared)
+    return PackedLayout(built, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device))
 
 
-def _group(rows: list[tuple[int, int]], device: torch.device) -> RowGroup:
+def _group(
+    rows: list[tuple[int, int]], device: torch.device, num_shared: int, ends_at_N: torch.Tensor | None
+) -> RowGroup:
     longest = max(length for _, length in rows)
     offsets_L = torch.arange(longest)
     starts_B = torch.tensor([start for start, _ in rows])
     lengths_B = torch.tensor([length for _, length in rows])
     real_BL = offsets_L[None] < lengths_B[:, None]
     gather_BL = torch.where(real_BL, starts_B[:, None] + offsets_L[None], starts_B[:, None])
-    return RowGroup(gather_BL.to(device), real_BL.to(device), gather_BL[real_BL].to(device))
+    queries = None if ends_at_N is None else _queries(starts_B, lengths_B, longest, num_shared, ends_at_N, device)
+    return RowGroup(gather_BL.to(device), real_BL.to(device), gather_BL[real_BL].to(device), queries)
+
+
+def _queries(
+    starts_B: torch.Tensor,
+    lengths_B: torch.Tensor,
+    longest: int,
+    num_shared: int,
+    ends_at_N: torch.Tensor,
+    device: torch.device,
+) -> Queries | None:
+    first_B, end_B = (torch.searchsorted(ends_at_N, at_B) for at_B in (starts_B, starts_B + lengths_B))
+    offsets_M = torch.arange(int((end_B - first_B).max()))
+    if not len(offsets_M):
+        return None
+    gather_BM = first_B[:, None] + offsets_M[None]
+    real_BM = gather_BM < end_B[:, None]
+    gather_BM = torch.where(real_BM, gather_BM, 0)
+    # A query of padding sees its row's first key, so that no soft-max is over nothing.
+    own_BM = torch.where(real_BM, ends_at_N[gather_BM] - starts_B[:, None], 0)
+    seen_BMK = torch.arange(num_shared + longest) <= num_shared + own_BM[..., None]
+    return Queries(
+        gather_BM.to(device), real_BM.to(device), gather_BM[real_BM].to(device), seen_BMK[:, None].to(device)
+    )
 
 
 def packed_attention(
@@ -97,28 +151,56 @@ def packed_attention(
     `attention_mask` is unused: transformers makes none for an attention it does not know.
     """
     del attention_mask
-    heads_are_shared = key_1HTD.shape[1] != query_1HTD.shape[1]
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
     num_shared = layout.num_shared
-    shared = [x[:num_shared].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)]
-    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=heads_are_shared)
-    parts = [attend(*shared, is_causal=True)[0].transpose(0, 1)] if num_shared else []
+    attend = _attention(query_THD, key_THD, scaling, dropout)
+    prefix = [x[:num_shared].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)]
+    parts = [attend(*prefix, is_causal=True)[0].transpose(0, 1)] if num_shared else []
     for group in layout.groups:
-        query, key, value = (x[group.gather_BL].transpose(1, 2) for x in (query_THD, key_THD, value_THD))
-        if num_shared:
-            key, value = (
-                torch.cat([front.expand(len(own), -1, -1, -1), own], dim=2)
-                for front, own in zip(shared[1:], (key, value), strict=True)
-            )
-            seen_LK = _prefix_and_past(query.shape[2], num_shared, query.device)
-            attended_BHLD = attend(query, key, value, attn_mask=seen_LK)
-        else:
-            attended_BHLD = attend(query, key, value, is_causal=True)
+        query = query_THD[group.gather_BL].transpose(1, 2)
+        key, value = (_of_group(x, group, num_shared) for x in (key_THD, value_THD))
+        seen = {"attn_mask": _prefix_and_past(query.shape[2], num_shared, query.device)}
+        attended_BHLD = attend(query, key, value, **(seen if num_shared else {"is_causal": True}))
         parts.append(attended_BHLD.transpose(1, 2)[group.real_BL])
-    attended_NHD = torch.cat(parts)
-    order_N = torch.cat([torch.arange(num_shared, device=attended_NHD.device), *(g.flat_N for g in layout.groups)])
-    attended_THD = torch.empty_like(attended_NHD).index_copy(0, order_N, attended_NHD)
-    return attended_THD[None], None
+    front = torch.arange(num_shared, device=query_THD.device)
+    return _put_back(parts, [front, *(group.flat_N for group in layout.groups)])[None], None
+
+
+def labelled_attention(
+    query_NHD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, layout: PackedLayout, scaling: float
+) -> torch.Tensor:
+    """What `packed_attention` gives at the positions `layout.ends_at_N`, (N, H, D)."""
+    attend = _attention(query_NHD, key_THD, scaling, 0.0)
+    parts, places = [query_NHD[:0]], []
+    for group in layout.groups:
+        if group.queries is None:
+            continue
+        query = query_NHD[group.queries.gather_BM].transpose(1, 2)
+        key, value = (_of_group(x, group, layout.num_shared) for x in (key_THD, value_THD))
+        attended_BHMD = attend(query, key, value, attn_mask=group.queries.seen_B1MK)
+        parts.append(attended_BHMD.transpose(1, 2)[group.queries.real_BM])
+        places.append(group.queries.flat)
+    return _put_back(parts, places) if places else query_NHD
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, scaling: float, dropout: float) -> Callable[..., torch.Tensor]:
+    heads_are_shared = key.shape[1] != query.shape[1]
+    return partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=heads_are_shared)
+
+
+def _of_group(x_THD: torch.Tensor, group: RowGroup, num_shared: int) -> torch.Tensor:
+    """Keys or values of a group's rows, the prefix before each row's own: (B, H, P + L, D)."""
+    own = x_THD[group.gather_BL].transpose(1, 2)
+    if not num_shared:
+        return own
+    front = x_THD[:num_shared].transpose(0, 1)[None]
+    return torch.cat([front.expand(len(own), -1, -1, -1), own], dim=2)
+
+
+def _put_back(parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts in the order of the flat sequence; `places` say where each entry of theirs lies."""
+    joined = torch.cat(list(parts))
+    return torch.empty_like(joined).index_copy(0, torch.cat(list(places)), joined)
 
 
 def _prefix_and_past(num_own: int, num_shared: int, device: torch.device) -> torch.Tensor:

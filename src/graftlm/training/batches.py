@@ -75,7 +75,30 @@ def common_prefix(rows: TokenRows, row_ids: Sequence[int]) -> int:
     return longest
 
 
-def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device, num_shared: int = 0) -> Batch:
+@dataclass(frozen=True, slots=True)
+class Sparing:
+    """Which work is left out that changes no result. Dropout draws anew for every token: it allows neither.
+
+    `prefix`: what all rows of a micro-batch begin with is computed once. `last_layer`: it is computed at labelled
+    positions only.
+    """
+
+    prefix: bool = True
+    last_layer: bool = True
+
+
+NO_SPARING = Sparing(False, False)
+# A last layer needed nearly everywhere is not worth picking positions for.
+MOST_LABELLED_SHARE = 0.9
+
+
+def make_batch(
+    rows: TokenRows,
+    row_ids: Sequence[int],
+    device: torch.device,
+    num_shared: int = 0,
+    is_last_layer_sparse: bool = False,
+) -> Batch:
     """Lay these rows end to end, the `num_shared` tokens they all begin with once at the front."""
     pairs = [rows.row(row_id) for row_id in row_ids]
     own = [(ids[num_shared:], is_target[num_shared:]) for ids, is_target in pairs]
@@ -85,9 +108,10 @@ def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device, nu
     is_target_T = np.concatenate([np.zeros(num_shared, bool), *(np.r_[False, is_target[1:]] for _, is_target in own)])
     labelled_N = torch.from_numpy(np.flatnonzero(is_target_T) - 1)
     row_T = torch.repeat_interleave(torch.arange(-1, len(pairs)), torch.tensor([num_shared, *lengths]))
+    is_worth_it = is_last_layer_sparse and len(labelled_N) <= MOST_LABELLED_SHARE * len(ids_T)
     return Batch(
         ids_1T=ids_T[None].to(device),
-        layout=make_layout(lengths, device, num_shared),
+        layout=make_layout(lengths, device, num_shared, labelled_N if is_worth_it else None),
         labelled_N=labelled_N.to(device),
         targets_N=ids_T[labelled_N + 1].to(device),
         row_N=row_T[labelled_N].to(device),
@@ -96,13 +120,16 @@ def make_batch(rows: TokenRows, row_ids: Sequence[int], device: torch.device, nu
 
 
 def row_batches(
-    rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device, shares_prefix: bool = True
+    rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device, sparing: Sparing = Sparing()
 ) -> list[Batch]:
-    """Pack these rows into as few micro-batches as best fit finds; a common beginning lies in each once."""
-    num_shared = common_prefix(rows, row_ids) if shares_prefix else 0
+    """Pack these rows into as few micro-batches as best fit finds."""
+    num_shared = common_prefix(rows, row_ids) if sparing.prefix else 0
     lengths = [int(rows.lengths[row_id]) - num_shared for row_id in row_ids]
     packs = pack(lengths, budget_tokens - num_shared)
-    return [make_batch(rows, [row_ids[place] for place in places], device, num_shared) for places in packs]
+    return [
+        make_batch(rows, [row_ids[place] for place in places], device, num_shared, sparing.last_layer)
+        for places in packs
+    ]
 
 
 class Steps:
@@ -116,7 +143,7 @@ class Steps:
         micro_batch_tokens: int,
         epochs: float,
         seed: int,
-        shares_prefix: bool = True,
+        sparing: Sparing = Sparing(),
     ) -> None:
         if not len(rows):
             raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
@@ -130,7 +157,7 @@ class Steps:
         self.batch_rows = batch_rows
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
-        self.shares_prefix = shares_prefix
+        self.sparing = sparing
         self.steps_per_epoch = math.ceil(len(rows) / batch_rows)
         self.num_steps = max(1, round(epochs * self.steps_per_epoch))
 
@@ -142,4 +169,4 @@ class Steps:
 
     def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
         """The step's rows, packed."""
-        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device, self.shares_prefix)
+        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device, self.sparing)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from graftlm.device import Precision
+from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import head_weight
 from graftlm.model.loss import target_losses
 from graftlm.run import progress
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import row_batches
-from graftlm.training.loop import hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def heldout_losses(
     batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)
     for batch in progress(batches, len(batches), label):
         with precision.autocast():
-            hidden_NH = hidden_states(model, batch)
+            hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
         losses_N = target_losses(hidden_NH, head_weight(model), batch.targets_N, precision.compute_dtype)
         places_N = batch.row_N.cpu().numpy()
         row_ids = np.asarray(batch.row_ids)

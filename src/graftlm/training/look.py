@@ -18,13 +18,13 @@ from torch.nn import Parameter
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.preflight import Look, RoleNumbers
 from graftlm.health.probe import Probe, bits_below, first_bad_weight, plain_name, watching
+from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
 from graftlm.model.rows import Role, parameter_groups_by_role
 from graftlm.recipe import Full, Lora, NewRows, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Batch, Steps, row_batches
-from graftlm.training.loop import hidden_states
 
 NUM_ROWS = 8
 BUDGET_TOKENS = 2048
@@ -80,7 +80,7 @@ def _first_batch(steps: Steps, device: torch.device) -> Batch:
     while len(row_ids) > 1 and int(steps.rows.lengths[row_ids].sum()) > BUDGET_TOKENS:
         row_ids = row_ids[:-1]
     budget = max(BUDGET_TOKENS, int(steps.rows.lengths[row_ids].sum()))
-    return row_batches(steps.rows, row_ids, budget, device, steps.shares_prefix)[0]
+    return row_batches(steps.rows, row_ids, budget, device, steps.sparing)[0]
 
 
 def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, dict[str, float]]:
@@ -88,7 +88,7 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
     was_training = model.training
     model.train()
     with watching(model) as probe:
-        hidden_NH = hidden_states(model, batch)
+        hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
         head, wide = head_weight(model), torch.promote_types(head_weight(model).dtype, torch.float32)
         losses_N = target_losses(hidden_NH.detach(), head, batch.targets_N, wide)
         loss = linear_cross_entropy_sum(hidden_NH, head, batch.targets_N, wide) / max(len(batch.targets_N), 1)

@@ -15,7 +15,8 @@ import torch
 from torch.nn import Parameter
 
 from graftlm.device import Precision
-from graftlm.model.causal import body_of, head_weight
+from graftlm.model.body import labelled_hidden_states
+from graftlm.model.causal import head_weight
 from graftlm.model.loss import linear_cross_entropy_sum
 from graftlm.training.batches import Batch, Steps
 from graftlm.training.optim import set_learning_rates
@@ -44,20 +45,12 @@ class StepRecord:
     row_ids: list[int]
 
 
-def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The body's output at the labelled positions, (N, H)."""
-    output = body_of(model)(
-        input_ids=batch.ids_1T, position_ids=batch.layout.positions_1T, use_cache=False, layout=batch.layout
-    )
-    return output.last_hidden_state[0, batch.labelled_N]
-
-
 def response_loss_sum(
     model: torch.nn.Module, batch: Batch, precision: Precision, expected_grad: float = 1.0
 ) -> torch.Tensor:
     """Summed cross-entropy (nats) over the micro-batch's labels."""
     with precision.autocast():
-        hidden_NH = hidden_states(model, batch)
+        hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
     return linear_cross_entropy_sum(
         hidden_NH, head_weight(model), batch.targets_N, precision.compute_dtype, expected_grad
     )

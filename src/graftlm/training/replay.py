@@ -108,7 +108,9 @@ def _cured(
 
 
 def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:
-    return row_batches(steps.rows, [row_id], int(steps.rows.lengths[row_id]), precision.device, False)
+    return row_batches(
+        steps.rows, [row_id], int(steps.rows.lengths[row_id]), precision.device, replace(steps.sparing, prefix=False)
+    )
 
 
 def _pass(model: Any, batches: Sequence[Batch], precision: Precision, scale: float, needs_backward: bool) -> _Seen:
@@ -121,11 +123,13 @@ def _pass(model: Any, batches: Sequence[Batch], precision: Precision, scale: flo
             if not math.isfinite(loss.item()):
                 # The head is no module's call: what is finite until the loss broke there.
                 place = int(batch.labelled_N[0]) if len(batch.labelled_N) else 0
-                return _Seen(False, False, probe.first_bad or BadTensor("forward", HEAD, place, 1), number)
+                return _Seen(
+                    False, False, probe.first_bad or BadTensor("forward", HEAD, place, 1, batch.num_tokens), number
+                )
             if needs_backward:
                 (loss * factor).backward()
         if needs_backward and not _gradients_finite(model):
-            return _Seen(True, False, probe.first_bad or BadTensor("backward", HEAD, 0, 1), number)
+            return _Seen(True, False, probe.first_bad or BadTensor("backward", HEAD, 0, 1, batch.num_tokens), number)
     return _Seen()
 
 
@@ -148,8 +152,9 @@ def _incident(
     if bad is None:
         return found
     batch = batches[shown.bad_batch]
-    token_id = int(batch.ids_1T[0, bad.place])
-    row_id, place = _row_at(steps, batch, bad.place)
+    flat = _flat_place(batch, bad)
+    token_id = int(batch.ids_1T[0, flat])
+    row_id, place = _row_at(steps, batch, flat)
     return replace(
         found,
         phase=bad.phase,
@@ -159,6 +164,15 @@ def _incident(
         is_new_token=first_new_id is not None and token_id >= first_new_id,
         is_answer=bool(steps.rows.row(row_id)[1][place]),
     )
+
+
+def _flat_place(batch: Batch, bad: BadTensor) -> int:
+    """The place in the packed micro-batch: of a tensor the last layer made, whose entries are labelled positions only,
+    the position's own."""
+    ends_at_N = batch.layout.ends_at_N
+    if ends_at_N is None or bad.num_places != len(ends_at_N):
+        return bad.place
+    return int(ends_at_N[bad.place])
 
 
 def _row_at(steps: Steps, batch: Batch, place: int) -> tuple[int, int]:

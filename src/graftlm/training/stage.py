@@ -26,13 +26,13 @@ from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.preflight import Look, preflight
-from graftlm.model.causal import body_of, recompute_activations
+from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say, write_json
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
-from graftlm.training.batches import Steps
+from graftlm.training.batches import NO_SPARING, Sparing, Steps
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
@@ -80,6 +80,15 @@ def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | Non
     return model
 
 
+def _sparing(stage: Stage, model: Any) -> Sparing:
+    """Work left out where that is exact: nothing where dropout draws anew for every token."""
+    dropout = max(getattr(stage.trains, "dropout", 0.0), getattr(plain_model(model).config, "attention_dropout", 0.0))
+    if dropout == 0.0:
+        return Sparing()
+    say(f"{stage.name}: with dropout {dropout:g} common beginnings and the last layer are computed in full")
+    return NO_SPARING
+
+
 class StageRun:
     """A stage in progress: the state that must survive an interruption, and the observers that keep it safe."""
 
@@ -110,8 +119,7 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
-            # Dropout draws anew for every token: a prefix run once would drop alike in all rows.
-            shares_prefix=getattr(stage.trains, "dropout", 0.0) == 0.0,
+            sparing=_sparing(stage, self.model),
         )
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
