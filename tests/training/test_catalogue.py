@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_training import EOS, FIRST_NEW_ID, FULL, LORA_ALL, NUM_ROWS, spoken_rows, stage_of, tiny_model, weights_sha256
 
+from graftlm.device import random_states
 from graftlm.errors import NumericalStop
 from graftlm.health.curves import diagnose_curves
 from graftlm.health.finding import Finding, alarms
@@ -30,6 +31,7 @@ from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Steps
 from graftlm.training.look import take_look
 from graftlm.training.precision import make_precision
+from graftlm.training.replay import SkippedStep, replay
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model
 
@@ -260,6 +262,23 @@ def no_alarm(folder: Path, stage: Stage, tied: bool) -> None:
     findings, verdict = diagnose_curves(read_log(folder / "metrics.jsonl"))
     assert (alarms(findings), verdict) == ([], "healthy")
     assert run.recovery.num_rollbacks == 0
+
+
+def test_a_bad_place_in_the_last_layer_is_told_by_its_own_token(tmp_path: Path) -> None:
+    """The last layer holds labelled positions only: its third one is not the third token."""
+    stage = stage_of(FULL, batch_rows=8, micro_batch_tokens=256)
+    run = StageRun(tiny_model(), stage, spoken_rows(), {}, tmp_path, torch.device("cpu"), FIRST_NEW_ID)
+    (batch,) = run.steps.micro_batches(0, torch.device("cpu"))
+
+    def poison(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(1, torch.tensor([2]), torch.inf)
+
+    body_of(run.model).layers[-1].mlp.down_proj.register_forward_hook(poison)
+    skipped = SkippedStep(0, 1.0, random_states())
+    found = replay(run.model, run.steps, skipped, run.precision, None, FIRST_NEW_ID)
+    assert found.module == DOWN
+    assert found.token_id == int(batch.ids_1T[0, batch.labelled_N[2]])
+    assert found.row_id == batch.row_ids[int(batch.row_N[2])]
 
 
 def test_weights_are_not_touched_by_a_replay(tmp_path: Path) -> None:
