@@ -27,6 +27,7 @@ from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.preflight import Look, preflight
 from graftlm.model.causal import body_of, plain_model, recompute_activations
+from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say, write_json
@@ -106,13 +107,15 @@ class StageRun:
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl")
         seed_everything(stage.seed)
-        self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed).to(device)
+        self.precision = make_precision(stage, device)
+        self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
+        self.held = hold_frozen_as(self.model, self.precision.compute_dtype)
+        self.model.to(device)
         attend_packed(body_of(self.model))
         if stage.gradient_checkpointing:
             recompute_activations(self.model, True)
         self.roles = learning_roles(self.model)
         self.optimizer = make_optimizer(self.roles, stage)
-        self.precision = make_precision(stage, device)
         self.steps = Steps(
             rows,
             batch_rows=stage.batch_rows,
@@ -163,6 +166,9 @@ class StageRun:
     def _go_back_to(self, saved: Checkpoint) -> None:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
         self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
+        self.held.restore()
+        self.held = hold_frozen_as(self.model, self.precision.compute_dtype)
+        self.model.to(self.precision.device)
         copy_weights(self.model, saved.tensors["weights"])
         restore_optimizer(self.optimizer, trainable_parameters(self.model), saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
@@ -216,6 +222,7 @@ class StageRun:
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
+        self.held.restore()
         model = restore_model(self.model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
@@ -280,6 +287,7 @@ class StageRun:
 
         Merged there, so that a run continued through `apply_stage` goes on from the same bits.
         """
+        self.held.restore()
         model = self.model.cpu()
         copy_weights(model, load_checkpoint(self.folder / TRAINED).tensors["weights"])
         recompute_activations(model, False)
