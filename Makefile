@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Two workers of one thread each: threads that fight for the same cores make every test many times slower.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help setup demo test slow lint keys clean
+.PHONY: help setup demo test slow lint keys bench-cpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make slow   the long tests: more fuzzing, real input"
 	@echo "make lint   ruff, import contract, pyright"
 	@echo "make keys   write the tables of recipe keys into the guides"
+	@echo "make bench-cpu   our trainer against TRL and LLaMA-Factory (BENCH=\"--quick\" passes words on)"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -45,6 +46,9 @@ lint: $(STAMP)
 
 keys: $(STAMP)
 	$(BIN)/python docs/recipe_keys.py
+
+bench-cpu: $(STAMP)
+	$(BIN)/python bench/cpu.py $(BENCH)
 
 clean:
 	rm -rf $(VENV)
