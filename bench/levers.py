@@ -1,0 +1,196 @@
+"""Every lever of our trainer alone: the same steps with it off, between two runs with all of them on.
+
+    python bench/levers.py [--size 57m] [--precision fp32] [--trains full] [--levers WORD ...] [--steps 5] [--quick]
+                           [--out bench/results/DATE-cpu-levers.json]
+
+A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code;
+each run is a process of its own. All losses must agree with those of the run with everything on. The head has no
+switch: `head` times it alone, on as many hidden states, against full logits and torch's own cross-entropy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu import Arm, commit, machine, run_script
+from judging import OURS, figures, loss_deviation
+from workload import BATCH_ROWS, ROOT, SIZES, Workload, job_of, make_workload
+
+from graftlm.device import DTYPES
+from graftlm.model.loss import linear_cross_entropy_sum
+from graftlm.training.batches import NO_SPARING, Batch, Sparing, Steps, row_batches
+from graftlm.training.stage import StageRun
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from measure import Result, run  # pyright: ignore[reportMissingImports]
+from ours_arm import Adjust, train  # pyright: ignore[reportMissingImports]
+
+
+class OneByOne(Steps):
+    """Steps whose micro-batches hold one row each."""
+
+    def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
+        """Nothing packed, nothing shared."""
+        alone = [row_batches(self.rows, [row_id], self.micro_batch_tokens, device, NO_SPARING)
+                 for row_id in self.row_ids(step)]  # fmt: skip
+        return [batch for batches in alone for batch in batches]
+
+
+def _one_by_one(stage_run: StageRun) -> None:
+    stage, steps = stage_run.stage, stage_run.steps
+    stage_run.steps = OneByOne(
+        steps.rows, batch_rows=stage.batch_rows, micro_batch_tokens=stage.micro_batch_tokens, epochs=stage.epochs,
+        seed=stage.seed,
+    )  # fmt: skip
+
+
+def _sparing(sparing: Sparing) -> Adjust:
+    def adjust(stage_run: StageRun) -> None:
+        stage_run.steps.sparing = sparing
+
+    return adjust
+
+
+def _adamw(is_foreach: bool) -> Adjust:
+    def adjust(stage_run: StageRun) -> None:
+        kept = ("params", "lr", "peak_lr", "weight_decay", "betas", "eps")
+        groups = [{key: group[key] for key in kept if key in group} for group in stage_run.optimizer.param_groups]
+        stage_run.optimizer = torch.optim.AdamW(groups, foreach=is_foreach, fused=False)
+
+    return adjust
+
+
+LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
+    "no packing, nothing shared": ({}, _one_by_one),
+    "no shared prefix": ({}, _sparing(Sparing(prefix=False))),
+    "whole last layer": ({}, _sparing(Sparing(last_layer=False))),
+    "neither prefix nor last layer": ({}, _sparing(NO_SPARING)),
+    "AdamW foreach": ({}, _adamw(is_foreach=True)),
+    "AdamW loop": ({}, _adamw(is_foreach=False)),
+    "micro-batches of 1024 tokens": ({"micro_batch_tokens": 1024}, None),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, None),
+    "no recovery": ({"recovery": "off"}, None),
+    "the other precision": ({"precision": "other"}, None),
+}
+
+
+def lever_run(job: dict[str, Any], result: Result) -> None:
+    """The process of one run; the job's arm names the lever."""
+    train(job, result, LEVERS[job["arm"]][1] if job["arm"] in LEVERS else None)
+
+
+def measure(
+    levers: list[str], workload: Workload, folder: Path, trains: str, precision: str, num_steps: int, warm_up: int
+) -> dict[str, Any]:
+    """Each lever off between two runs with all on: how many times longer a step takes without it, and its memory."""
+
+    def one(name: str) -> dict[str, Any]:
+        settings = dict(LEVERS[name][0]) if name in LEVERS else {}
+        if settings.get("precision") == "other":
+            settings["precision"] = "bf16" if precision == "fp32" else "fp32"
+        job = {**job_of(workload, Arm(name, OURS, settings), trains, precision, num_steps, 1), "check": False}
+        record = run_script(Path(sys.executable), Path(__file__), job, folder)
+        if "error" in record:
+            raise SystemExit(f"{name}: {record['error']}")
+        record["figures"] = figures(record, workload.num_tokens, BATCH_ROWS, warm_up)
+        return record
+
+    found: dict[str, Any] = {}
+    before = reference = one(OURS)
+    for name in levers:
+        off, after = one(name), one(OURS)
+        on = statistics.mean(record["figures"]["step_seconds"] for record in (before, after))
+        on_cpu = statistics.mean(record["figures"]["step_cpu_seconds"] for record in (before, after))
+        found[name] = {
+            "times_longer": off["figures"]["step_seconds"] / on,
+            "times_longer_cpu": off["figures"]["step_cpu_seconds"] / on_cpu,
+            "memory_ratio_above_start": off["figures"]["memory_above_start_gib"]
+            / after["figures"]["memory_above_start_gib"],
+            "loss_deviation": loss_deviation(off, reference), "on": after["figures"], "off": off["figures"],
+        }  # fmt: skip
+        told = found[name]
+        print(f"{name:34}{told['times_longer']:6.2f}x the time{told['times_longer_cpu']:6.2f}x the processor time"
+              f"{told['memory_ratio_above_start']:6.2f}x the memory, losses within {told['loss_deviation']:.0e}",
+              flush=True)  # fmt: skip
+        before = after
+    return found
+
+
+def head(size: str, num_tokens: int, num_targets: int, precision: str, rounds: int) -> dict[str, float]:
+    """Seconds of head and loss alone, forward and backward: labelled positions in chunks, and logits of every one."""
+    shape, dtype = SIZES[size], DTYPES[precision]
+    torch.manual_seed(0)
+    hidden = torch.randn(num_tokens, shape["hidden_size"], requires_grad=True)
+    weight = (0.02 * torch.randn(shape["num_rows"], shape["hidden_size"])).requires_grad_()
+    targets = torch.randint(shape["num_rows"], (num_tokens,))
+    kept = torch.arange(num_tokens) < num_targets
+
+    def ours() -> torch.Tensor:
+        return linear_cross_entropy_sum(hidden[kept], weight, targets[kept], dtype)
+
+    def plain() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            logits = torch.nn.functional.linear(hidden, weight)
+        labels = targets.masked_fill(~kept, -100)
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+    seconds: dict[str, list[float]] = {"labelled": [], "every": []}
+    for _ in range(rounds):
+        for name, work in (("labelled", ours), ("every", plain)):
+            began = time.process_time()
+            work().backward()
+            seconds[name].append(time.process_time() - began)
+    told = {f"{name}_cpu_seconds": statistics.median(values) for name, values in seconds.items()}
+    told["times_longer_cpu"] = told["every_cpu_seconds"] / told["labelled_cpu_seconds"]
+    print(f"{'head: every position':34}{told['times_longer_cpu']:27.2f}x the processor time, head and loss alone")
+    return told
+
+
+def main() -> None:
+    """Measure and write; with the name of a job's file: be the process of one run."""
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        run(lever_run)
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default=None)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--trains", choices=("full", "lora", "lora-rows"), default="full")
+    parser.add_argument("--levers", nargs="+", help="only those whose names hold one of these words")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small model, one timed step, the two exact levers")
+    parser.add_argument("--real", type=Path, default=ROOT.parent / "shared" / "real")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{date.today()}-cpu-levers.json")
+    asked = parser.parse_args()
+    size = asked.size or ("15m" if asked.quick else "57m")
+    warm_up, steps = (1, 1) if asked.quick else (2, asked.steps)
+    words = asked.levers or (["prefix nor"] if asked.quick else [""])
+    levers = [name for name in LEVERS if any(word in name for word in words)]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        workload = make_workload(folder, size, warm_up + steps, asked.real)
+        before = machine()
+        found = measure(levers, workload, folder, asked.trains, asked.precision, warm_up + steps, warm_up)
+        alone = head(size, workload.num_tokens[0], workload.num_targets[0], asked.precision, 1 if asked.quick else 5)
+    report = {
+        "command": " ".join(["python bench/levers.py", *(w for w in sys.argv[1:] if w != str(asked.out))]),
+        "date": str(date.today()), "commit": commit(), "machine": before, "model": {"size": size, **SIZES[size]},
+        "data": workload.data, "trains": asked.trains, "precision": asked.precision, "timed_steps": steps,
+        "levers": found, "head": alone,
+    }  # fmt: skip
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    asked.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(asked.out)
+
+
+if __name__ == "__main__":
+    main()
