@@ -19,66 +19,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from judging import OURS, figures, headline, judge, table
+from arms import ARMS, BATCH_ROWS, OURS, QUICK, Arm, in_turns
+from judging import figures, headline, judge, table
 from venvs import PEERS, python_of
-from workload import BATCH_ROWS, PACKS, ROOT, SIZES, Workload, job_of, make_workload
+from workload import ROOT, SIZES, Workload, job_of, make_workload
 
 from graftlm.device import fastest_precision, machine_name
 
 SECONDS_PER_ARM = 3600
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One setting of one trainer; `packs` is how many packs it makes of a step's rows."""
-
-    name: str
-    peer: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    packs: int = 1
-
-
-def _arms() -> list[Arm]:
-    bare, plain = {"gradient_checkpointing": False}, {"disable_gradient_checkpointing": True}
-    packed = [
-        Arm(f"trl bfd packing {tokens}", "trl", {**bare, "packing": True, "max_length": tokens}, packs)
-        for tokens, packs in PACKS.items()
-    ] + [
-        Arm(f"llamafactory neat_packing {tokens}", "llamafactory",
-            {**plain, "neat_packing": True, "cutoff_len": tokens}, packs)
-        for tokens, packs in PACKS.items()
-    ]  # fmt: skip
-    return [
-        Arm(OURS, OURS),
-        # Eight rows a device are both peers' default; two such batches make the step.
-        Arm("trl default", "trl", {"per_device_train_batch_size": 8}),
-        Arm("trl padded", "trl", {**bare, "per_device_train_batch_size": BATCH_ROWS}),
-        Arm("trl padding_free", "trl",
-            {**bare, "padding_free": True, "max_length": None, "per_device_train_batch_size": BATCH_ROWS}),
-        Arm("llamafactory default", "llamafactory", {"per_device_train_batch_size": 8}),
-        Arm("llamafactory padded", "llamafactory", {**plain, "per_device_train_batch_size": BATCH_ROWS}),
-        *packed,
-    ]  # fmt: skip
-
-
-ARMS = _arms()
-QUICK = ("trl default", "trl bfd packing 1023", "llamafactory default", "llamafactory neat_packing 1023")
-
-
-def in_turns(arms: list[Arm]) -> Iterator[Arm]:
-    """Ours, a peer, ours, a peer, ours."""
-    ours = next(arm for arm in arms if arm.name == OURS)
-    for arm in arms:
-        if arm is not ours:
-            yield from (ours, arm)
-    yield ours
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import Arm, commit, machine, run_script
-from judging import OURS, figures, loss_deviation
-from workload import BATCH_ROWS, ROOT, SIZES, Workload, job_of, make_workload
+from arms import BATCH_ROWS, OURS, Arm
+from cpu import commit, machine, run_script
+from judging import figures, loss_deviation
+from workload import ROOT, SIZES, Workload, job_of, make_workload
 
 from graftlm.device import DTYPES
 from graftlm.model.loss import linear_cross_entropy_sum

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import BATCH_ROWS
 from cpu import commit, machine, run_script
 from judging import figures
-from workload import BATCH_ROWS, ROOT, TARGETS
+from workload import ROOT, TARGETS
 
 from graftlm.model.causal import new_causal
 from graftlm.text.rows import TokenRows

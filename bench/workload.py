@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import BATCH_ROWS, PACKS
 
 from graftlm.model.causal import load_causal, new_causal, save_causal
 from graftlm.recipe import Tokenizer as TokenizerSection
@@ -24,10 +25,6 @@ from graftlm.text.tokenizer.base import train_base_tokenizer
 from graftlm.training.batches import pack
 
 ROOT = Path(__file__).parents[1]
-BATCH_ROWS = 16
-PACKS = {511: 4, 1023: 2, 2047: 1}
-"""Packs a step's rows fill at each budget (tokens): one less than a multiple of 8, since LLaMA-Factory adds a token."""
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES: dict[str, dict[str, Any]] = {
     "57m": {"num_rows": 55_296, "hidden_size": 384, "num_layers": 8, "num_heads": 6, "intermediate_size": 1024},

@@ -98,13 +98,13 @@ def test_all_arms_failing_leaves_ratios_untold() -> None:
 
 
 def test_ours_lies_between_any_two_others() -> None:
-    import cpu
+    import arms
 
-    ours, *others = cpu.ARMS
-    assert [arm.name for arm in cpu.in_turns([ours, *others[:2]])] == [
+    ours, *others = arms.ARMS
+    assert [arm.name for arm in arms.in_turns([ours, *others[:2]])] == [
         "graftlm", others[0].name, "graftlm", others[1].name, "graftlm"
     ]  # fmt: skip
-    assert set(cpu.QUICK) <= {arm.name for arm in cpu.ARMS}
+    assert set(arms.QUICK) <= {arm.name for arm in arms.ARMS}
     assert all((BENCH / "peers" / f"{arm.peer}_arm.py").is_file() for arm in others)
 
 
@@ -112,7 +112,6 @@ def test_our_arm_takes_the_rows_as_given_and_holds_its_gates(tmp_path: Path) -> 
     import judging
     import measure
     import ours_arm
-    import workload
 
     from graftlm.model.causal import load_causal, new_causal, save_causal
 
@@ -125,7 +124,7 @@ def test_our_arm_takes_the_rows_as_given_and_holds_its_gates(tmp_path: Path) -> 
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     job = {
         "arm": "graftlm", "model": str(tmp_path / "model"), "rows": str(tmp_path / "rows.json"), "trains": "full",
-        "precision": "fp32", "batch_rows": 4, "num_steps": 2, "settings": {}, "targets": list(workload.TARGETS),
+        "precision": "fp32", "batch_rows": 4, "num_steps": 2, "settings": {}, "targets": [],
         "first_new_id": 64, "peak_lr": 1e-3, "weight_decay": 0.0, "max_grad_norm": 1.0, "check": True,
     }  # fmt: skip
     result = measure.Result(job)
