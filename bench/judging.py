@@ -64,14 +64,14 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def speed_ratios(order: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, float]:
-    """How often faster we are than each peer, from runs in the order taken: (arm, figures). Ours on either side."""
+def speed_ratios(order: Sequence[tuple[str, dict[str, Any]]], figure: str = "step_seconds") -> dict[str, float]:
+    """How often longer each peer takes than we, from runs in the order taken: (arm, figures). Ours on either side."""
     found: dict[str, list[float]] = {}
     for place, (arm, figures_of_run) in enumerate(order):
         if arm == OURS:
             continue
-        near = [order[i][1]["row_tokens_per_second"] for i in _ours_around(order, place)]
-        found.setdefault(arm, []).append(statistics.mean(near) / figures_of_run["row_tokens_per_second"])
+        near = [order[i][1][figure] for i in _ours_around(order, place)]
+        found.setdefault(arm, []).append(figures_of_run[figure] / statistics.mean(near))
     return {arm: statistics.median(ratios) for arm, ratios in found.items()}
 
 
@@ -93,8 +93,9 @@ def judge(group: list[dict[str, Any]]) -> dict[str, Any]:
             arms.setdefault(run["arm"], {"failed": [run["error"]], "settings": run["settings"]})
     done = [run for run in group if "error" not in run]
     if reference is None or "error" in reference:
-        return {"arms": arms, "speed_ratios": {}, "best_peer": None}
-    ratios = speed_ratios([(run["arm"], run["figures"]) for run in done])
+        return {"arms": arms, "speed_ratios": {}, "cpu_ratios": {}, "best_peer": None}
+    order = [(run["arm"], run["figures"]) for run in done]
+    ratios = speed_ratios(order)
     for arm in dict.fromkeys(run["arm"] for run in done):
         runs = [run for run in done if run["arm"] == arm]
         checked = next((run for run in runs if "others_moved" in run), runs[0])
@@ -106,7 +107,9 @@ def judge(group: list[dict[str, Any]]) -> dict[str, Any]:
         }  # fmt: skip
     passed = [arm for arm in ratios if not arms[arm]["failed"]]
     best = min(passed, key=lambda arm: ratios[arm], default=None)
-    return {"arms": arms, "speed_ratios": ratios, "best_peer": best}
+    # What other work on the machine bends less than times on the clock.
+    cpu_ratios = speed_ratios(order, "step_cpu_seconds")
+    return {"arms": arms, "speed_ratios": ratios, "cpu_ratios": cpu_ratios, "best_peer": best}
 
 
 def headline(groups: dict[str, dict[str, Any]]) -> dict[str, float | None]:

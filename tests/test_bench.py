@@ -38,8 +38,8 @@ def test_ratios_hold_a_peer_against_our_runs_on_either_side_of_it() -> None:
     runs = [("graftlm", 1.0), ("slow", 10.0), ("graftlm", 2.0), ("fast", 4.0), ("graftlm", 2.0)]
     found = judging.judge([made_up(arm, seconds) for arm, seconds in runs])
 
-    # ours: 1,000, 500, 500 tokens a second; theirs: 100 and 250
-    assert found["speed_ratios"] == pytest.approx({"slow": 7.5, "fast": 2.0})
+    # medians of a step: ours 1.5, 3, 3 seconds, theirs 15 and 6
+    assert found["speed_ratios"] == found["cpu_ratios"] == pytest.approx({"slow": 15 / 2.25, "fast": 2.0})
     assert found["best_peer"] == "fast"
     assert found["arms"]["graftlm"]["row_tokens_per_second"] == 500
     assert found["arms"]["slow"]["peak_memory_gib"] == 4.0
