@@ -1,7 +1,10 @@
 """Our trainer against TRL and LLaMA-Factory on this machine's CPU: same weights, rows, order, optimizer and class.
 
     python bench/cpu.py [--size 57m] [--classes fp32 bf16] [--trains full lora lora-rows] [--arms WORD ...] [--steps 5]
-                        [--threads 1] [--quick] [--out bench/results/DATE-cpu.json]     (or: make bench-cpu)
+                        [--threads 1] [--quick] [--add] [--out bench/results/DATE-cpu.json]     (or: make bench-cpu)
+
+bf16 is measured unasked only where the processor computes it: emulated, a step takes minutes. `--add` puts what is
+measured now beside what `--out` holds, each group with its own command and size.
 
 Every arm is a process of its own in an environment of its own (made below BENCH_VENVS, else .bench), at its documented
 default and at our best tuning of it. A step is 16 rows everywhere. Arms take turns, ours between any two others;
@@ -101,16 +104,27 @@ def asked_of(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="57m")
-    parser.add_argument("--classes", nargs="+", choices=("bf16", "fp32"), default=["fp32", "bf16"])
+    parser.add_argument("--classes", nargs="+", choices=("bf16", "fp32"), help="default: what is in hardware")
     parser.add_argument("--trains", nargs="+", choices=("full", "lora", "lora-rows"), default=["full", "lora"])
     parser.add_argument("--arms", nargs="+", help="of the peers only those whose names hold one of these words")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one setting a peer, two timed steps")
+    parser.add_argument("--add", action="store_true", help="keep other groups that --out holds already")
     parser.add_argument("--real", type=Path, default=ROOT.parent / "shared" / "real", help="folder of real rows")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{date.today()}-cpu.json")
     return parser.parse_args(words)
+
+
+def write(out: Path, groups: dict[str, Any], measured_on: dict[str, Any], workload: Workload) -> None:
+    """After every group, so that a run cut short keeps what it has."""
+    report = {
+        "date": str(date.today()), "machine": measured_on, "data": workload.data, "rows_a_step": BATCH_ROWS,
+        **headline(groups), "groups": groups,
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -127,21 +141,21 @@ def main() -> None:
     pythons = {OURS: Path(sys.executable), **{peer: python_of(peer, home) for peer in peers}}
     workload = make_workload(work.absolute(), asked.size, num_steps, asked.real)
     before, groups = machine(), {}
-    for precision in asked.classes:
+    if asked.add and asked.out.is_file():
+        groups = json.loads(asked.out.read_text())["groups"]
+    words = [word if word != str(asked.out) else asked.out.name for word in sys.argv[1:]]
+    for precision in asked.classes or (["fp32", "bf16"] if before["bf16_in_hardware"] else ["fp32"]):
         for trains in asked.trains:
-            groups[f"{trains} {precision}"] = measure_group(
+            measured = measure_group(
                 arms, pythons, workload, work, trains, precision, num_steps, warm_up, asked.threads
             )
-    words = [word if word != str(asked.out) else asked.out.name for word in sys.argv[1:]]
-    report = {
-        "command": " ".join(["python bench/cpu.py", *words]), "date": str(date.today()), "commit": commit(),
-        "machine": before, "load_average_after": os.getloadavg(), "threads": asked.threads,
-        "model": {"size": asked.size, **SIZES[asked.size]}, "data": workload.data, "rows_a_step": BATCH_ROWS,
-        "warm_up_steps": warm_up, "timed_steps": num_steps - warm_up, "tokens_of_steps": workload.num_tokens,
-        **headline(groups), "groups": groups,
-    }  # fmt: skip
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(report, indent=1) + "\n")
+            groups[f"{trains} {precision}"] = measured | {
+                "command": " ".join(["python bench/cpu.py", *words]), "commit": commit(), "threads": asked.threads,
+                "model": {"size": asked.size, **SIZES[asked.size]}, "warm_up_steps": warm_up,
+                "timed_steps": num_steps - warm_up, "tokens_of_steps": workload.num_tokens,
+                "load_average_after": os.getloadavg(),
+            }  # fmt: skip
+            write(asked.out, groups, before, workload)
     print(table(groups))
     for name, value in headline(groups).items():
         print(f"{name}: {'not measured' if value is None else f'{value:.2f}'}")
