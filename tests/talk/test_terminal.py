@@ -288,8 +288,11 @@ def test_keys_at_a_real_terminal(tokenizer, tmp_path: Path) -> None:
     keys.press("half a line\x03")
     place = keys.wait("Ctrl-C again", place)
     place = keys.wait("> ", place)
-    keys.press("\x03")
-    child.join(30)
+    for _ in range(15):  # Python's line editor may miss a signal that comes before it waits: a person presses again
+        keys.press("\x03")
+        child.join(2)
+        if child.exitcode is not None:
+            break
     assert child.exitcode == 0
     os.close(terminal_file)
     os.close(end)
