@@ -28,7 +28,7 @@ TEXTS = [
 VERBS = [
     ["run"], ["tokenizer", "graft"], ["tokenizer", "check"], ["tokenizer", "report"], ["expand"], ["data"], ["export"],
     ["card"], ["chat"], ["generate"], ["eval"], ["doctor"], ["autopsy"], ["preflight"], ["serve"], ["compare"],
-    ["sweep"],
+    ["sweep"], ["plan"],
 ]  # fmt: skip
 EXPAND_KEYS = {"num_rows_old", "num_rows_new", "max_old_logit_difference", "row_rms"}
 

@@ -30,7 +30,7 @@ from graftlm.text.tokenizer import train_base_tokenizer
 ROOT = Path(__file__).parents[1]
 PAIRS = [("README.md", "README.zh.md"), ("docs/guide.md", "docs/guide.zh.md")]
 DOCUMENTS = [*(name for pair in PAIRS for name in pair), "CONTRIBUTING.md"]
-RUN = ("tokenizer", "expand", "data", "generate", "eval", "compare", "doctor")
+RUN = ("tokenizer", "expand", "data", "generate", "eval", "compare", "doctor", "plan")
 
 
 def blocks(name: str, kind: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from graftlm import __version__
-from graftlm.cli import data, evaluate, health, machine, release, road, serve, talk, tokenizer
+from graftlm.cli import data, evaluate, health, machine, plan, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
@@ -59,6 +59,7 @@ def _before_the_verb(version: VersionAsked = False) -> None:
 app.command("run")(road.run)
 app.command("sweep")(road.sweep)
 app.command("preflight")(health.preflight)
+app.command("plan")(plan.plan)
 app.add_typer(tokenizer_app, name="tokenizer")
 tokenizer_app.command("graft")(tokenizer.tokenizer_graft)
 tokenizer_app.command("check")(tokenizer.tokenizer_check)

@@ -1,0 +1,236 @@
+"""The verb that tells before anything runs whether a recipe fits a device, and how long it takes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftlm.cli.options import AsJson, RunOut
+from graftlm.cli.show import plain, show
+
+if TYPE_CHECKING:
+    from graftlm.health.devices import Device
+    from graftlm.health.finding import Finding
+    from graftlm.health.plan import StagePlan
+    from graftlm.recipe import Recipe
+
+WIDTH = 110
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file; recipes/ holds examples.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Knobs of the recipe to change.")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="h200, h100, a100-80, a100-40, v100-32, v100-16, t4, l4, 4090, 3090, 2080ti or cpu; "
+            "what is found here if not given."
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices in each machine.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    out: RunOut = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether a recipe fits a device, with which micro-batch, how long it takes, and what will not work there.
+
+    Nothing is made or trained. What the run's folder holds already (tokenised rows) is used; the rest is estimated and
+    called so.
+
+    Example: graftlm plan recipes/llama2-7b-chinese.yaml --on h200
+    """
+    from graftlm.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from graftlm.cli.plan_inputs import wishes_of
+    from graftlm.health.hazards import hazards_of
+    from graftlm.health.plan import plan_stage
+
+    device = _device(loaded, on)
+    wishes, told = wishes_of(loaded, out or Path("runs") / loaded.name)
+    plans = [plan_stage(wish, device, gpus * nodes) for wish in wishes]
+    found = _result(loaded, device, gpus * nodes, plans, hazards_of(plans, device, gpus * nodes), told)
+    if as_json:
+        show(found, True)
+    else:
+        print("\n".join(map(plain, _told(found))))
+
+
+def _device(recipe: Recipe, on: str | None) -> Device:
+    """The device asked for, or the one a run would take here."""
+    import torch
+
+    from graftlm.device import available_memory_bytes, fastest_precision, machine_name, num_cores
+    from graftlm.health.devices import cpu_device, find_device, gpu_device
+
+    cpu = torch.device("cpu")
+    here = cpu_device(machine_name(cpu), available_memory_bytes() or 0, num_cores(), fastest_precision(cpu))
+    if on is not None:
+        return find_device(on, here)
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        return here
+    facts = torch.cuda.get_device_properties(0)
+    return gpu_device(facts.name, facts.total_memory, (facts.major, facts.minor))
+
+
+def _result(
+    recipe: Recipe, device: Device, num_devices: int, plans: list[StagePlan], hazards: list[Finding],
+    told: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    from graftlm.health.disk import disk_gib, host_gib
+    from graftlm.health.memory import GIB
+
+    worst = max(plans, key=lambda plan: plan.peak_bytes)
+    budgets = [plan.micro_batch_tokens for plan in plans]
+    hours = [plan.hours.hours for plan in plans]
+    assumptions = [*told, *(line for plan in plans for line in plan.hours.assumptions)]
+    return {
+        "recipe": recipe.name,
+        "device": {"name": device.name, "title": device.title, "memory_gib": device.memory_bytes / GIB},
+        "num_devices": num_devices,
+        "num_parameters": plans[-1].size.shape.num_parameters,
+        "num_rows": plans[-1].size.shape.num_rows,
+        "fits": all(plan.fits for plan in plans),
+        "fits_when_changed": None not in budgets,
+        "peak_gib": worst.peak_bytes / GIB,
+        "items": {name: num_bytes / GIB for name, num_bytes in worst.items.items()},
+        "micro_batch_tokens": None if None in budgets else min(filter(None, budgets)),
+        "hours": None if None in hours or None in budgets else sum(filter(None, hours)),
+        "sharded": _sharded(plans),
+        "changes": [line for plan in plans for line in plan.changes],
+        "stages": [_stage(plan) for plan in plans],
+        "disk_gib": disk_gib(plans, recipe.export.dtype, 4 if recipe.base.scratch else 2),
+        "host_gib": None if device.is_cpu else host_gib(plans),
+        "hazards": [
+            {name: getattr(hazard, name) for name in ("cause", "severity", "where", "evidence", "cure")}
+            for hazard in hazards
+        ],
+        "assumptions": list(dict.fromkeys(assumptions)),
+    }
+
+
+def _sharded(plans: list[StagePlan]) -> dict[str, Any] | None:
+    """All stages over several devices: a prediction, as the program trains on one."""
+    parts = [plan.sharded for plan in plans if plan.sharded is not None]
+    if not parts:
+        return None
+    hours = [part.hours for part in parts]
+    return {
+        "num_devices": parts[0].num_devices, "is_prediction": True, "peak_gib": max(part.peak_gib for part in parts),
+        "fits": all(part.micro_batch_tokens is not None for part in parts),
+        "hours": None if None in hours else sum(filter(None, hours)),
+    }  # fmt: skip
+
+
+def _stage(plan: StagePlan) -> dict[str, Any]:
+    from graftlm.health.memory import GIB
+
+    sharded = plan.sharded
+    return {
+        "name": plan.wish.name,
+        "trains": plan.wish.learns.kind,
+        "num_learning_parameters": plan.size.learning_parameters,
+        "precision": plan.precision,
+        "fits": plan.fits,
+        "peak_gib": plan.peak_bytes / GIB,
+        "peak_at": plan.moment,
+        "items": {name: num_bytes / GIB for name, num_bytes in plan.items.items()},
+        "given": {
+            "micro_batch_tokens": plan.wish.micro_batch_tokens,
+            "gradient_checkpointing": plan.wish.gradient_checkpointing,
+        },
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "holds_step": plan.holds_step,
+        "num_steps": plan.hours.num_steps,
+        "num_tokens": round(plan.hours.num_tokens),
+        "gigaflops_per_token": plan.hours.gigaflops_per_token,
+        "petaflops": plan.hours.petaflops,
+        "tokens_per_second": plan.hours.tokens_per_second,
+        "hours": plan.hours.hours,
+        "changes": plan.changes,
+        "sharded": None
+        if sharded is None
+        else {
+            "num_devices": sharded.num_devices, "peak_gib": sharded.peak_gib, "hours": sharded.hours,
+            "micro_batch_tokens": sharded.micro_batch_tokens,
+            "gradient_checkpointing": sharded.gradient_checkpointing, "is_prediction": True,
+        },
+    }  # fmt: skip
+
+
+def _told(found: dict[str, Any]) -> Iterator[str]:
+    """The plan for a person."""
+    from graftlm.run import duration
+
+    device = found["device"]
+    verdict = (
+        "fits as it is" if found["fits"] else "fits when changed" if found["fits_when_changed"] else "does not fit"
+    )
+    yield f"{found['recipe']} on one {device['title']} ({device['memory_gib']:.1f} GiB): {verdict}"
+    yield f"  parameters    {found['num_parameters']:,} with {found['num_rows']:,} rows"
+    if found["hours"] is not None and found["fits_when_changed"]:
+        changed = ", with the changes below" if found["changes"] else ""
+        yield f"  training      {duration(found['hours'] * 3600)}{changed} (computed, not timed: see what is assumed)"
+    disk = found["disk_gib"]
+    yield f"  disk          {disk['at most']:.1f} GiB at most; finished model {disk['finished model']:.1f} GiB"
+    if found["host_gib"] is not None:
+        yield f"  host memory   {found['host_gib']:.1f} GiB to load the model and to save checkpoints"
+    for stage in found["stages"]:
+        yield ""
+        yield from _told_stage(stage, duration)
+    if found["hazards"]:
+        yield from ("", "To know before")
+        for hazard in found["hazards"]:
+            yield from _wrapped(f"{hazard['severity']}: {hazard['evidence']} {hazard['cure']}")
+    yield from ("", "Assumed")
+    for line in found["assumptions"]:
+        yield from _wrapped(line)
+    if found["changes"]:
+        yield ""
+        yield f"Try     graftlm run RECIPE {' '.join(found['changes'])}"
+
+
+def _told_stage(stage: dict[str, Any], duration: Callable[[float], str]) -> Iterator[str]:
+    verdict = "fits" if stage["fits"] else "does not fit as it is"
+    title = f"{stage['name']} ({stage['trains']}, {stage['precision']})"
+    yield f"{title}: {verdict}, {stage['peak_gib']:.2f} GiB at its {stage['peak_at']}"
+    for name, gib in sorted(stage["items"].items(), key=lambda item: -item[1]):
+        if gib >= 0.005:
+            yield f"  {name:<30}{gib:>9.2f} GiB"
+    yield f"  micro-batch   {_setting(stage['given'])} in the recipe"
+    is_possible = stage["micro_batch_tokens"] is not None
+    yield f"                {_most(stage)}"
+    if stage["hours"] is not None and is_possible:
+        speed = f"{stage['tokens_per_second']:,.0f} tokens a second"
+        yield f"  time          {duration(stage['hours'] * 3600)}: {stage['num_steps']:,} steps, {speed}"
+    work = f"{stage['petaflops']:,.4g} PFLOP, {stage['gigaflops_per_token']:.4g} GFLOP a token"
+    yield f"  work          {work} of {stage['num_tokens']:,}"
+    sharded = stage["sharded"]
+    if sharded is None:
+        return
+    time = f", {duration(sharded['hours'] * 3600)}" if sharded["hours"] is not None else ""
+    needed = f"over {sharded['num_devices']}: {sharded['peak_gib']:.1f} GiB each"
+    yield f"  sharded       predicted, {needed}; {_most(sharded)}{time}"
+
+
+def _most(found: dict[str, Any]) -> str:
+    """The largest micro-batch that fits, in words."""
+    if found["micro_batch_tokens"] is None:
+        return "not even one row fits"
+    return "a whole step fits in one" if found.get("holds_step") else f"{_setting(found)} at most"
+
+
+def _setting(found: dict[str, Any]) -> str:
+    twice = " (activations computed twice)" if found["gradient_checkpointing"] else ""
+    return f"{found['micro_batch_tokens']:,} tokens{twice}"
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    yield from textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)

@@ -1,0 +1,232 @@
+"""What autograd keeps of one micro-batch between forward and backward, tensor by tensor.
+
+Owns that ledger, and nothing else of memory: where the forward pass changes (`model/packed.py`, `model/body.py`,
+`model/loss.py`, PEFT's LoRA), this file changes. `tests/health/test_plan.py` compares it with what
+`torch.autograd.graph.saved_tensors_hooks` sees, to the byte. Masters are fp32, and so is the stream between the layers;
+under autocast every linear map makes its own 16-bit copy of its input.
+
+Shapes: T tokens, P of them the shared prefix, N labelled positions; b bytes of a computed number (4 or 2).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from graftlm.model.packed import PackedLayout, make_layout
+from graftlm.model.shapes import Shape
+
+WIDE = 4  # bytes of a float32
+INDEX = 8  # bytes of an index
+
+
+@dataclass(frozen=True, slots=True)
+class Learns:
+    """What of a model learns. `rows`: which rows of embedding and head; the LoRA fields count for `lora` only."""
+
+    kind: Literal["full", "lora", "new-rows"]
+    rows: Literal["all", "new", "none"]
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    is_dora: bool = False
+
+    def needs_input(self, projection: str) -> bool:
+        """Whether the gradient of a projection's weights, or of its adapter's, needs what went in."""
+        return self.kind == "full" or projection in self.targets
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Counts of a packed micro-batch; padding exists inside groups of rows, in attention only.
+
+    `padded`, `keys`, `seen` are positions, keys and mask entries over all groups; `queries`, `asked` labelled positions
+    and mask entries of a last layer computed there only (0 where it is computed in full).
+    """
+
+    num_tokens: int
+    num_shared: int
+    num_labels: int
+    padded: int
+    keys: int
+    seen: int
+    queries: int = 0
+    asked: int = 0
+    is_last_sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How it is computed: bytes of a computed number (4, or 2 under autocast), and whether on a CPU."""
+
+    num_bytes: int
+    is_cpu: bool
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether linear maps run in 16 bits."""
+        return self.num_bytes < WIDE
+
+
+def counts_of(layout: PackedLayout, num_labels: int) -> MicroBatch:
+    """Count a layout."""
+    shared = layout.num_shared
+    shapes = [tuple(group.gather_BL.shape) for group in layout.groups]
+    asked = [group.queries for group in layout.groups if group.queries is not None]
+    return MicroBatch(
+        num_tokens=layout.positions_1T.shape[1],
+        num_shared=shared,
+        num_labels=num_labels,
+        padded=sum(rows * longest for rows, longest in shapes),
+        keys=sum(rows * (shared + longest) for rows, longest in shapes),
+        seen=sum(longest * (shared + longest) for _, longest in shapes) if shared else 0,
+        queries=sum(queries.gather_BM.numel() for queries in asked),
+        asked=sum(queries.seen_B1MK.numel() for queries in asked),
+        is_last_sparse=layout.ends_at_N is not None,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def micro_batch(rows: tuple[tuple[int, int], ...], budget: int, num_shared: int, is_last_sparse: bool) -> MicroBatch:
+    """The counts of `budget` tokens of rows like these (tokens, labels), repeated as often as needed.
+
+    The last row is cut so that the budget is full: a plan must hold for the fullest micro-batch.
+    """
+    own: list[int] = []
+    labelled: list[int] = []
+    at, left = num_shared, budget - num_shared
+    while left > 0:
+        length, labels = rows[len(own) % len(rows)]
+        own.append(min(max(length - num_shared, 1), left))
+        labels = min(labels, own[-1])
+        labelled += range(at + own[-1] - labels, at + own[-1])
+        at, left = at + own[-1], left - own[-1]
+    ends_at = torch.tensor(labelled) if is_last_sparse else None
+    return counts_of(make_layout(own, torch.device("cpu"), num_shared, ends_at), len(labelled))
+
+
+def kept_by_layer(
+    shape: Shape, learns: Learns, batch: MicroBatch, compute: Compute, *, is_last: bool
+) -> dict[str, int]:
+    """Bytes a decoder layer keeps: `activations` by tensor, `copies` of weights in 16 bits."""
+    tokens = batch.num_tokens
+    is_sparse = is_last and batch.is_last_sparse
+    ends = batch.num_labels if is_sparse else tokens
+    ledger = _Ledger(shape, learns, compute)
+    ledger.norm(tokens, shape.hidden_size)
+    if is_sparse:
+        ledger.inputs(ends, shape.hidden_size, "q_proj")
+        ledger.inputs(tokens, shape.hidden_size, "k_proj", "v_proj")
+        ledger.add(2 * ends * shape.head_size * WIDE)  # the labelled positions' rotation
+    else:
+        ledger.inputs(tokens, shape.hidden_size, "q_proj", "k_proj", "v_proj")
+    if shape.has_head_norms:
+        ledger.norm(ends * shape.num_heads, shape.head_size, compute.num_bytes)
+        ledger.norm(tokens * shape.num_kv_heads, shape.head_size, compute.num_bytes)
+    if is_sparse:
+        ledger.labelled_attention(batch)
+    else:
+        ledger.attention(batch)
+    ledger.inputs(ends, shape.query_width, "o_proj")
+    ledger.norm(ends, shape.hidden_size)
+    ledger.inputs(ends, shape.hidden_size, "gate_proj", "up_proj")
+    ledger.add(3 * ends * shape.intermediate_size * compute.num_bytes)  # gate, its SiLU, up
+    ledger.inputs(ends, shape.intermediate_size, "down_proj")
+    for name in shape.projections:
+        ledger.adapter(tokens if name in ("k_proj", "v_proj") else ends, name)
+    return {"activations": ledger.num_bytes, "copies": ledger.copies(shape.projections)}
+
+
+def kept_once(shape: Shape, learns: Learns, batch: MicroBatch, compute: Compute) -> int:
+    """Bytes kept besides the layers: ids, places, rotations, the last norm, the loss's gradients by hidden state."""
+    ends = batch.num_labels if batch.is_last_sparse else batch.num_tokens
+    ledger = _Ledger(shape, learns, compute)
+    ledger.add(INDEX * (batch.num_tokens + batch.num_labels))
+    ledger.add((INDEX + 1) * (batch.padded + batch.queries))
+    ledger.add(2 * batch.num_tokens * shape.head_size * WIDE)
+    ledger.norm(ends, shape.hidden_size)
+    ledger.add(batch.num_labels * shape.hidden_size * compute.num_bytes)
+    return ledger.num_bytes
+
+
+def kept_of_head(shape: Shape, learns: Learns) -> int:
+    """Bytes of the head's gradient, which the loss computes in the forward pass."""
+    return shape.num_rows * shape.hidden_size * WIDE if learns.rows != "none" else 0
+
+
+class _Ledger:
+    """Adds up tensors; each method says which."""
+
+    def __init__(self, shape: Shape, learns: Learns, compute: Compute) -> None:
+        self.shape, self.learns, self.compute = shape, learns, compute
+        self.num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count a tensor."""
+        self.num_bytes += num_bytes
+
+    def norm(self, positions: int, width: int, normed_bytes: int = WIDE) -> None:
+        """RMSNorm in float32: its input, 1/rms, and the normed input where its weights learn."""
+        self.add(positions * (width + 1) * WIDE)
+        if self.learns.kind == "full":
+            self.add(positions * width * normed_bytes)
+
+    def inputs(self, positions: int, width: int, *names: str) -> None:
+        """What went into linear maps with one input: one tensor in float32, a copy for each under autocast.
+
+        LoRA's dropout makes one for each in any case, and a mask: a float32 an entry on a CPU, a byte on a GPU.
+        """
+        needing = sum(map(self.learns.needs_input, names))
+        is_dropping = self.learns.kind == "lora" and self.learns.dropout > 0
+        is_own = self.compute.is_mixed or is_dropping
+        self.add(positions * width * self.compute.num_bytes * (needing if is_own else min(needing, 1)))
+        if is_dropping:
+            self.add(positions * width * needing * (WIDE if self.compute.is_cpu else 1))
+
+    def adapter(self, positions: int, name: str) -> None:
+        """The low-rank numbers between A and B."""
+        if self.learns.kind == "lora" and name in self.learns.targets:
+            self.add(positions * self.learns.rank * self.compute.num_bytes)
+
+    def attention(self, batch: MicroBatch) -> None:
+        """SDPA by group of rows, and over the shared prefix: its inputs, output, log-sums, and the order after it."""
+        shape, b = self.shape, self.compute.num_bytes
+        queries, keys = shape.query_width, shape.kv_width
+        self._attended(batch.padded, batch.keys)
+        self.add(batch.seen * b)
+        if batch.num_shared:
+            # The prefix is a slice: what it is cut from stays, but where autocast copies the slice (not values).
+            cut = batch.num_shared if self.compute.is_mixed else batch.num_tokens
+            self.add((cut * (queries + keys) + batch.num_tokens * keys) * b)
+            self.add(batch.num_shared * (queries * b + shape.num_heads * WIDE))
+        self.add(batch.num_tokens * (INDEX + queries * b))
+
+    def labelled_attention(self, batch: MicroBatch) -> None:
+        """The same for labelled positions' queries alone; keys and values of all."""
+        self._attended(batch.queries, batch.keys)
+        self.add(batch.asked * self.compute.num_bytes)
+        self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
+
+    def _attended(self, queries: int, keys: int) -> None:
+        b, shape = self.compute.num_bytes, self.shape
+        self.add((2 * queries * shape.query_width + 2 * keys * shape.kv_width) * b)
+        self.add(queries * shape.num_heads * WIDE)
+
+    def copies(self, projections: dict[str, tuple[int, int]]) -> int:
+        """Autocast's copies of learning weights in 16 bits, kept for the gradient of what goes in.
+
+        Frozen ones are held in 16 bits (`model/frozen.py`), but under DoRA.
+        """
+        if not self.compute.is_mixed:
+            return 0
+        learns = self.learns
+        copied = (
+            projections if learns.kind == "full" else [n for n in projections if learns.is_dora and n in learns.targets]
+        )
+        matrices = sum(inner * outer for inner, outer in (projections[name] for name in copied))
+        if learns.kind == "lora":
+            matrices += sum(learns.rank * sum(projections[name]) for name in learns.targets if name in projections)
+        return matrices * self.compute.num_bytes

@@ -1,0 +1,171 @@
+"""What will not work on a device, or not well, before anything is run there; and what to do.
+
+Owns those findings, worded as the doctor words them. Does not compute: the plan does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from graftlm.health.activations import Learns
+from graftlm.health.devices import DEVICES, Device, precision_told
+from graftlm.health.finding import Finding
+from graftlm.health.memory import GIB
+from graftlm.health.plan import StagePlan, plan_stage
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LESS = {
+    "{kind: lora}": Learns("lora", "all", 64, _PROJECTIONS),
+    "{kind: lora, rows: none}": Learns("lora", "none", 64, _PROJECTIONS),
+    "{kind: new-rows}": Learns("new-rows", "new"),
+}
+
+
+def hazards_of(plans: list[StagePlan], device: Device, num_devices: int) -> list[Finding]:
+    """Everything to know before running these stages on `device`, gravest first."""
+    found = [*_device(device), *_malloc(device), *_devices(num_devices, plans)]
+    for plan in plans:
+        found += [
+            *_memory(plan, device),
+            *_precision(plan, device),
+            *_recomputing(plan),
+            *_dropout(plan),
+            *_unsure(plan),
+        ]
+    found = list({(finding.cause, finding.evidence): finding for finding in found}.values())
+    return sorted(found, key=lambda finding: ("fatal", "warning", "note").index(finding.severity))
+
+
+def _device(device: Device) -> Iterator[Finding]:
+    if device.capability is not None and device.capability < (7, 5):
+        yield Finding(
+            "torch-build", "warning", device.title, None,
+            "Compute capability 7.0 is left only in torch's CUDA 12.6 builds from torch 2.11 on; the CUDA 12.8 and 13 "
+            "builds hold no code for it.",
+            "Install torch 2.11 to 2.14 in its CUDA 12.6 build (make setup TORCH=2.11.0 chooses the release).",
+        )  # fmt: skip
+    if not device.is_cpu and not device.has_triton:
+        yield Finding(
+            "no-triton", "note", device.title, None,
+            "Triton and varlen attention need compute capability 8.0: no compiled kernels there.",
+            "Nothing to do: attention over packed rows runs as SDPA by groups of rows.",
+        )  # fmt: skip
+
+
+def _malloc(device: Device) -> Iterator[Finding]:
+    if device.is_cpu:
+        yield Finding(
+            "malloc-keeps", "note", device.title, None,
+            "What is told is what is alive. Resident memory may be higher by a few per cent to a half, most in small "
+            "models: glibc's malloc keeps freed blocks of less than 32 MiB (bench/memory.py).",
+            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment makes it give them back, for some processor time.",
+        )  # fmt: skip
+
+
+def _devices(num_devices: int, plans: list[StagePlan]) -> Iterator[Finding]:
+    if num_devices > 1:
+        told = ", ".join(
+            f"{plan.wish.name} {plan.sharded.peak_gib:.1f} GiB each" for plan in plans if plan.sharded is not None
+        )
+        yield Finding(
+            "one-process", "warning", f"{num_devices} devices", None,
+            "A run is one process on one device: training sharded over several is not built yet.",
+            f"The figures for {num_devices} are what full sharding (FSDP2) would need, predicted: {told}.",
+        )  # fmt: skip
+
+
+def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
+    wish, name = plan.wish, plan.wish.name
+    needed = f"{plan.peak_bytes / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f}"
+    if wish.micro_batch_tokens < wish.rows.longest and plan.micro_batch_tokens is not None:
+        yield Finding(
+            "row-longer-than-budget", "fatal", f"{wish.place}.micro_batch_tokens", None,
+            f"{name}: a row may have {wish.rows.longest} tokens, a micro-batch holds {wish.micro_batch_tokens}.",
+            f"{wish.place}.micro_batch_tokens={plan.micro_batch_tokens}, or a lower data.max_tokens.",
+        )  # fmt: skip
+    if plan.fits:
+        return
+    if plan.micro_batch_tokens is not None and plan.peak_bytes > device.memory_bytes:
+        yield Finding(
+            "does-not-fit", "warning", wish.place, None,
+            f"{name} as it is needs {needed}, at its {plan.moment}.", f"It fits with {' '.join(plan.changes)}",
+        )  # fmt: skip
+    elif plan.micro_batch_tokens is None:
+        held = sum(plan.items.get(name, 0) for name in ("weights fp32", "frozen weights in 16 bits")) / GIB
+        yield Finding(
+            "does-not-fit", "fatal", wish.place, None,
+            f"{name} needs {needed}; not even one row fits. Its weights alone take {held:.1f} GiB.",
+            _elsewhere(plan, device),
+        )  # fmt: skip
+
+
+def _elsewhere(plan: StagePlan, device: Device) -> str:
+    """Where the stage would fit, from the table, and what would fit here."""
+    wish = plan.wish
+    there = [other.name for other in DEVICES.values() if plan_stage(wish, other).micro_batch_tokens is not None]
+    told = [f"It fits one {', '.join(there)}." if there else "It fits no single device of the table."]
+    if plan.sharded is not None and plan.sharded.micro_batch_tokens is not None:
+        told.append(f"Sharded over {plan.sharded.num_devices} it would fit (predicted; not built yet).")
+    lighter = {
+        trains: replace(wish, learns=learns)
+        for trains, learns in _LESS.items()
+        if learns.kind != wish.learns.kind and (learns.rows != "new" or wish.num_new_rows)
+    }
+    fitting = [trains for trains, other in lighter.items() if plan_stage(other, device).micro_batch_tokens is not None]
+    if fitting:
+        told.append(f"Here fits {wish.place}.trains={' or '.join(fitting)}.")
+    return " ".join([*told, "Else take a smaller base."])
+
+
+def _precision(plan: StagePlan, device: Device) -> Iterator[Finding]:
+    wish = plan.wish
+    precision, why = precision_told(device, wish.precision)
+    if why:
+        yield Finding(
+            f"no-{wish.precision}", "warning", f"{wish.place}.precision", None,
+            f"{wish.name} asks for {wish.precision}: {why}.", f"{wish.place}.precision={precision}",
+        )  # fmt: skip
+    elif precision == "fp16" and device.has_bf16:
+        yield Finding(
+            "bf16-instead", "note", f"{wish.place}.precision", None,
+            f"{wish.name} asks for fp16, whose range is narrow; {device.title} computes bf16 as fast, without a loss "
+            "scale.",
+            f"{wish.place}.precision=bf16",
+        )  # fmt: skip
+    elif wish.precision == "auto" and precision == "fp16":
+        yield Finding(
+            "no-bf16", "note", f"{wish.place}.precision", None,
+            f"{device.title} has no bf16 in hardware: auto takes fp16, with a loss scale.",
+            "Nothing to do; graftlm preflight tells the headroom first.",
+        )  # fmt: skip
+
+
+def _recomputing(plan: StagePlan) -> Iterator[Finding]:
+    if plan.fits and plan.wish.gradient_checkpointing and not plan.gradient_checkpointing:
+        yield Finding(
+            "recomputed-for-nothing", "note", f"{plan.wish.place}.gradient_checkpointing", None,
+            f"{plan.wish.name}: activations fit without being computed twice, which takes a quarter to a third of the "
+            "time.",
+            " ".join(plan.changes),
+        )  # fmt: skip
+
+
+def _dropout(plan: StagePlan) -> Iterator[Finding]:
+    dropout = plan.wish.learns.dropout
+    if dropout:
+        yield Finding(
+            "dropout-costs", "note", f"{plan.wish.place}.trains.dropout", None,
+            f"{plan.wish.name}: with dropout {dropout:g} every row computes the template's beginning itself, and the "
+            "last layer at every token.",
+            f"{plan.wish.place}.trains.dropout=0 takes less time and memory; it is another training, though.",
+        )  # fmt: skip
+
+
+def _unsure(plan: StagePlan) -> Iterator[Finding]:
+    if plan.wish.learns.is_dora:
+        yield Finding(
+            "dora-not-counted", "note", f"{plan.wish.place}.trains.dora", None,
+            "What DoRA keeps besides its adapters is not counted: it needs more memory and time than told.",
+            "Leave room, or set dora: false.",
+        )  # fmt: skip

@@ -1,0 +1,274 @@
+"""How much memory a stage needs: everything alive at each moment of a step, and the worst of them.
+
+Owns the moments of a stage (loss, backward, optimizer's step, held-out reading, what is done before and after) and
+their sums. What autograd keeps is counted in `activations.py`; here it is placed beside weights, gradients and Adam's
+moments. Plain numbers in, plain numbers out: no model is built. `bench/memory.py` compares it with real stages.
+
+Shapes: T tokens of a micro-batch, V rows and H numbers of a vocabulary matrix, b bytes of a computed number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from graftlm.health.activations import (
+    WIDE,
+    Compute,
+    Learns,
+    MicroBatch,
+    kept_by_layer,
+    kept_of_head,
+    kept_once,
+)
+from graftlm.model.loss import chunk_rows
+from graftlm.model.shapes import Shape
+
+GIB = 2**30
+DOUBLE = 8  # bytes of a float64
+SHARDED = ("weights fp32", "frozen weights in 16 bits", "adapter fp32", "gradients fp32", "Adam's moments fp32")
+"""Items of which full sharding leaves each device its part."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSize:
+    """What decides a stage's memory. `num_new_rows` rows of the vocabulary are new ones (0: the matrices stay whole).
+
+    `is_accumulating`: a step has several micro-batches, so that gradients lie there during the next forward pass.
+    `keeps_best`: the best weights are read back at the end. `look` is the micro-batch looked at before the first step.
+    """
+
+    shape: Shape
+    learns: Learns
+    compute: Compute
+    num_new_rows: int
+    batch: MicroBatch
+    look: MicroBatch
+    is_checkpointing: bool
+    is_accumulating: bool
+    keeps_best: bool
+
+    @property
+    def matrix_bytes(self) -> int:
+        """A vocabulary matrix in float32."""
+        return self.shape.num_rows * self.shape.hidden_size * WIDE
+
+    @property
+    def is_split(self) -> bool:
+        """Whether old and new rows are parameters apart: every use of the matrix then joins them anew."""
+        return self.num_new_rows > 0 and self.learns.rows != "none"
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of LoRA; DoRA's sizes with them."""
+        if self.learns.kind != "lora":
+            return 0
+        known = self.shape.projections
+        sizes = sum(known[name][1] for name in self.learns.targets if name in known) if self.learns.is_dora else 0
+        low_rank = self.shape.adapter_parameters(self.learns.rank, self.learns.targets)
+        return low_rank + self.shape.num_layers * sizes
+
+    @property
+    def learning_parameters(self) -> int:
+        """How many parameters learn."""
+        rows = {"all": self.shape.num_rows, "new": self.num_new_rows, "none": 0}[self.learns.rows]
+        body = self.shape.body_parameters if self.learns.kind == "full" else 0
+        return body + self.adapter_parameters + self.shape.row_matrices * rows * self.shape.hidden_size
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients in float32. Those of new rows alone are a part of the whole matrix's, which stays with them."""
+        matrices = self.shape.row_matrices if self.learns.rows != "none" else 0
+        body = self.shape.body_parameters if self.learns.kind == "full" else 0
+        return (body + self.adapter_parameters) * WIDE + matrices * self.matrix_bytes
+
+    @property
+    def is_held_narrow(self) -> bool:
+        """Whether frozen matrices are held in the 16 bits they are multiplied in."""
+        return self.compute.is_mixed and self.learns.kind != "full"
+
+    @property
+    def narrow_parameters(self) -> int:
+        """Parameters of the frozen matrices held so: the layers', and a head whose rows do not learn."""
+        if not self.is_held_narrow:
+            return 0
+        known, exact = self.shape.projections, self.learns.targets if self.learns.is_dora else ()
+        layer = sum(inner * outer for name, (inner, outer) in known.items() if name not in exact)
+        return self.shape.num_layers * layer + (self.matrix_bytes // WIDE if self.is_head_narrow else 0)
+
+    @property
+    def is_head_narrow(self) -> bool:
+        """Whether the head is one of them: its rows do not learn and no embedding shares it."""
+        return self.is_held_narrow and self.learns.rows == "none" and not self.shape.is_tied
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights that learn and Adam's two moments of each, on disk."""
+        return 3 * WIDE * self.learning_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes by item at one moment of a stage."""
+
+    name: str
+    items: dict[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """All of them."""
+        return sum(self.items.values())
+
+
+def peak(size: StageSize) -> Moment:
+    """The moment at which most is alive."""
+    return max(moments(size), key=lambda moment: moment.num_bytes)
+
+
+def moments(size: StageSize) -> Iterator[Moment]:
+    """Every moment that may be the worst."""
+    yield from _look(size)
+    yield from _pass(size)
+    yield Moment("optimizer's step", _held(size, size.gradient_bytes))
+    yield _heldout(size)
+    if size.keeps_best and size.compute.is_cpu:
+        best = WIDE * size.learning_parameters
+        yield Moment("keeping the best weights", _held(size, size.gradient_bytes) | {"best weights read back": best})
+
+
+def _held(size: StageSize, gradients: int, has_moments: bool = True) -> dict[str, int]:
+    """What is there whatever is computed."""
+    narrow = size.narrow_parameters
+    # The fp32 originals wait on the CPU: beside a GPU, but in the same memory where the CPU computes.
+    wide = size.shape.num_parameters - (0 if size.compute.is_cpu else narrow)
+    items = {
+        "weights fp32": wide * WIDE,
+        "frozen weights in 16 bits": narrow * size.compute.num_bytes,
+        "adapter fp32": size.adapter_parameters * WIDE,
+        "gradients fp32": gradients,
+        "Adam's moments fp32": 2 * WIDE * size.learning_parameters if has_moments else 0,
+    }
+    return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
+
+
+def _pass(size: StageSize) -> Iterator[Moment]:
+    """Forward, loss, and backward layer by layer, of a micro-batch that is not the first of its step (or the only)."""
+    shape, learns, batch, compute = size.shape, size.learns, size.batch, size.compute
+    last = shape.num_layers - 1
+    inner, end = (kept_by_layer(shape, learns, batch, compute, is_last=is_last) for is_last in (False, True))
+    whole = [inner] * last + [end]
+    kept = [_kept(size, layer, number) for number, layer in enumerate(whole)]
+    once = kept_once(shape, learns, batch, compute)
+    prior = size.gradient_bytes if size.is_accumulating else 0
+    layer_gradients = _layer_gradients(size)
+    if size.is_checkpointing and compute.is_mixed and learns.kind == "full":
+        # Autocast remembers the copy of every learning weight until the forward pass is over.
+        copies = sum(layer["copies"] for layer in whole)
+        yield _moment(size, "forward", prior, kept, once, copies=copies, workspace=_forward_workspace(size))
+    yield _moment(size, "loss", prior, kept, once, head=_loss_bytes(size))
+    made = kept_of_head(shape, learns)
+    for number in reversed(range(last + 1)):
+        gradients = prior if prior else made + layer_gradients
+        again = sum(whole[number].values()) - sum(kept[number].values())
+        workspace = _backward_workspace(size, number) + (layer_gradients if prior else 0)
+        yield _moment(size, "backward", gradients, kept[: number + 1], once, workspace=workspace + again)
+        made += layer_gradients
+    joined = size.matrix_bytes if learns.rows != "none" and (prior or shape.is_tied) else 0
+    workspace = joined + 2 * batch.num_tokens * shape.hidden_size * WIDE
+    yield _moment(size, "gradient of the embedding", size.gradient_bytes, [], 0, workspace=workspace)
+
+
+def _kept(size: StageSize, layer: dict[str, int], number: int) -> dict[str, int]:
+    """What a layer keeps until its backward: its input alone where it is computed again then."""
+    is_last = number == size.shape.num_layers - 1
+    if not size.is_checkpointing or (is_last and size.batch.is_last_sparse):  # the short cut is not computed again
+        return layer
+    return {"activations": size.batch.num_tokens * size.shape.hidden_size * WIDE, "copies": 0}
+
+
+def _moment(
+    size: StageSize, name: str, gradients: int, kept: list[dict[str, int]], once: int, *,
+    copies: int = 0, head: int = 0, workspace: int = 0,
+) -> Moment:  # fmt: skip
+    items = _held(size, gradients) | {
+        "copies of weights in 16 bits": copies or sum(layer["copies"] for layer in kept),
+        "activations": sum(layer["activations"] for layer in kept) + once,
+        "head and loss": head,
+        "workspace": workspace,
+    }
+    return Moment(name, {item: num_bytes for item, num_bytes in items.items() if num_bytes})
+
+
+def _layer_gradients(size: StageSize) -> int:
+    if size.learns.kind == "full":
+        return (size.shape.layer_matrices + size.shape.layer_vectors) * WIDE
+    return size.adapter_parameters // size.shape.num_layers * WIDE
+
+
+def _loss_bytes(size: StageSize) -> int:
+    """The head while the loss is taken: its matrix, its gradient, chunks of logits, hidden states."""
+    b = size.compute.num_bytes
+    narrow = b if size.compute.is_mixed else 0
+    does_learn = size.learns.rows != "none"
+    gradient = size.matrix_bytes // WIDE * (WIDE + narrow) if does_learn else 0
+    hidden = size.batch.num_labels * size.shape.hidden_size * (WIDE + narrow)
+    return _head_bytes(size) + gradient + hidden + _chunk_bytes(size)
+
+
+def _head_bytes(size: StageSize) -> int:
+    """What using the head's matrix makes: old and new rows joined, and a 16-bit copy."""
+    is_copied = size.compute.is_mixed and not size.is_head_narrow
+    each = (WIDE if size.is_split else 0) + (size.compute.num_bytes if is_copied else 0)
+    return size.matrix_bytes // WIDE * each
+
+
+def _chunk_bytes(size: StageSize) -> int:
+    """Logits of a chunk and their soft-max, and the gradient of the chunk before, all in float32."""
+    most = chunk_rows(size.shape.num_rows, "cpu" if size.compute.is_cpu else "cuda")
+    labels = max(size.batch.num_labels, 1)
+    return (2 if labels <= most else 3) * min(most, labels) * size.shape.num_rows * WIDE
+
+
+def _backward_workspace(size: StageSize, number: int) -> int:
+    """Gradients on their way through a layer: three of the MLP's width less the one freed by then, or the norm's; the
+    stream's; and a weight's gradient in 16 bits before it is one in float32."""
+    shape, b = size.shape, size.compute.num_bytes
+    is_sparse = size.batch.is_last_sparse and number == shape.num_layers - 1
+    positions = size.batch.num_labels if is_sparse else size.batch.num_tokens
+    width = (2 if size.learns.needs_input("down_proj") else 3) * shape.intermediate_size * b
+    stream = shape.hidden_size * WIDE
+    in_transit = max(i * o for i, o in shape.projections.values()) * b if size.compute.is_mixed else 0
+    return positions * (max(width, 5 * stream) + 2 * stream) + (in_transit if size.learns.kind == "full" else 0)
+
+
+def _forward_workspace(size: StageSize) -> int:
+    """What a layer makes on its way forward where nothing of it is kept."""
+    shape = size.shape
+    width = 3 * shape.intermediate_size * size.compute.num_bytes
+    return size.batch.num_tokens * (max(width, 4 * shape.hidden_size * WIDE) + 2 * shape.hidden_size * WIDE)
+
+
+def _heldout(size: StageSize) -> Moment:
+    """A reading between steps: gradients and moments lie there, nothing is kept, autocast remembers its copies."""
+    layers = size.shape.num_layers * size.shape.layer_matrices if size.learns.kind == "full" else 0
+    copies = (layers + size.adapter_parameters) * size.compute.num_bytes if size.compute.is_mixed else 0
+    items = {
+        "copies of weights in 16 bits": copies,
+        "head and loss": _head_bytes(size) + _chunk_bytes(size),
+        "workspace": _forward_workspace(size),
+    }
+    return Moment("held-out reading", _held(size, size.gradient_bytes) | items)
+
+
+def _look(size: StageSize) -> Iterator[Moment]:
+    """Before the first step: a pass in float32 over a few rows, then sizes of rows and weights summed in float64."""
+    wide = replace(size, compute=replace(size.compute, num_bytes=WIDE), batch=size.look, is_accumulating=False)
+    held = _held(size, size.gradient_bytes, has_moments=False)
+    for moment in _pass(wide):
+        passing = {name: num_bytes for name, num_bytes in moment.items.items() if not name.endswith(" fp32")}
+        gradients = {"gradients fp32": moment.items.get("gradients fp32", 0)}
+        yield Moment("look before the first step", held | gradients | passing)
+    old_rows = (size.shape.num_rows - size.num_new_rows) * size.shape.hidden_size
+    joined = size.matrix_bytes if size.is_split else 0
+    doubles = 2 * DOUBLE * old_rows if size.num_new_rows or size.learns.rows == "all" else 0
+    yield Moment("look before the first step", held | {"workspace": joined + doubles})

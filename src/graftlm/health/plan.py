@@ -1,0 +1,242 @@
+"""The plan of a stage on a device: does it fit, with which micro-batch, how long, and what to change.
+
+Owns the choice of micro-batch and gradient checkpointing, and the verdict. Sizes come from `memory.py`, times from
+`hours.py`; what a device cannot do is told by `hazards.py`. Takes plain values: recipes are read in `cli`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from graftlm.health.activations import Compute, Learns
+from graftlm.health.devices import Device, precision_told
+from graftlm.health.hours import Hours, flops_per_token, hours_of
+from graftlm.health.memory import GIB, SHARDED, Moment, StageSize, moments, peak
+from graftlm.health.row_facts import RowFacts
+from graftlm.model.shapes import Shape
+
+LOOK_ROWS, LOOK_TOKENS = 8, 2048  # as `training/look.py`
+STEP_OF_TOKENS = 256
+ENOUGH_TOKENS = {True: 1024, False: 4096}
+"""Tokens of a micro-batch from which on a larger one is hardly faster, by whether it is a CPU: assumed."""
+PROCESS_BYTES = int(0.6 * GIB)
+"""Python, torch and the other libraries on a CPU, resident before a model is there."""
+CONTEXT_BYTES = int(0.6 * GIB)
+FRAGMENTS = 0.04
+"""A GPU's context and the libraries' workspaces, and what the caching allocator cannot use: assumed, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageWish:
+    """What a recipe asks of one stage, and what it trains on; `place` is where the recipe says so."""
+
+    name: str
+    place: str
+    shape: Shape
+    learns: Learns
+    num_new_rows: int
+    rows: RowFacts
+    precision: str
+    epochs: float
+    batch_rows: int
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    keeps_best: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is drawn anew for every token, so that work may be spared."""
+        return self.learns.dropout == 0
+
+    @property
+    def whole_step_tokens(self) -> int:
+        """Tokens of a step in one micro-batch; hardly a step has more."""
+        return math.ceil(self.rows.step_tokens(self.batch_rows, self.is_exact)[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """What full sharding over several devices would need and take: predicted, as it is not built yet."""
+
+    num_devices: int
+    peak_gib: float
+    micro_batch_tokens: int | None
+    gradient_checkpointing: bool
+    hours: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage on one device. `fits`: as the recipe has it. `peak`, `items` (bytes) and `moment` are the recipe's own;
+    `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does."""
+
+    wish: StageWish
+    precision: str
+    fits: bool
+    peak_bytes: int
+    moment: str
+    items: dict[str, int]
+    micro_batch_tokens: int | None
+    gradient_checkpointing: bool
+    hours: Hours
+    size: StageSize
+    sharded: Sharded | None
+
+    @property
+    def holds_step(self) -> bool:
+        """Whether a whole step fits in one micro-batch."""
+        return (self.micro_batch_tokens or 0) >= self.wish.whole_step_tokens
+
+    @property
+    def changes(self) -> list[str]:
+        """Overrides of the recipe that make it fit, or make better use of the device; empty where nothing is to change
+        or nothing helps."""
+        wish, at = self.wish, self.wish.place
+        if self.micro_batch_tokens is None:
+            return []
+        lines = []
+        if wish.precision not in ("auto", self.precision):
+            lines.append(f"{at}.precision={self.precision}")
+        if not self.fits or wish.micro_batch_tokens < wish.rows.longest:
+            lines.append(f"{at}.micro_batch_tokens={self.micro_batch_tokens}")
+        if self.gradient_checkpointing != wish.gradient_checkpointing:
+            lines.append(f"{at}.gradient_checkpointing={str(self.gradient_checkpointing).lower()}")
+            if self.fits and self.micro_batch_tokens < wish.micro_batch_tokens:
+                lines.append(f"{at}.micro_batch_tokens={self.micro_batch_tokens}")
+        return list(dict.fromkeys(lines))
+
+
+def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_checkpointing: bool) -> StageSize:
+    """A stage's size with this budget of tokens a micro-batch."""
+    batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, wish.is_exact)
+    look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.is_exact)
+    return StageSize(
+        shape=wish.shape,
+        learns=wish.learns,
+        compute=Compute(4 if precision == "fp32" else 2, is_cpu),
+        num_new_rows=wish.num_new_rows,
+        batch=batch,
+        look=look,
+        is_checkpointing=is_checkpointing,
+        is_accumulating=is_accumulating,
+        keeps_best=wish.keeps_best,
+    )
+
+
+def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePlan:
+    """The plan of one stage: on one device as the program is now, and sharded over `num_devices` as a prediction."""
+    precision, _ = precision_told(device, wish.precision)
+    size = size_of(wish, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
+    worst = peak(size)
+    needed = with_overhead(worst, device)
+    budget, is_checkpointing = best_setting(wish, device, precision)
+    fits = needed <= device.memory_bytes and wish.micro_batch_tokens >= wish.rows.longest
+    hours = _hours(wish, device, 1, precision, budget, is_checkpointing if budget else wish.gradient_checkpointing)
+    return StagePlan(
+        wish=wish,
+        precision=precision,
+        fits=fits,
+        peak_bytes=needed,
+        moment=worst.name,
+        items={**worst.items, "framework": needed - worst.num_bytes},
+        micro_batch_tokens=budget,
+        gradient_checkpointing=is_checkpointing,
+        hours=hours,
+        size=size,
+        sharded=_sharded(wish, device, num_devices, precision) if num_devices > 1 else None,
+    )
+
+
+def with_overhead(moment: Moment, device: Device) -> int:
+    """Bytes of a device that a moment takes, with what no tensor of ours accounts for."""
+    own = moment.num_bytes
+    if device.is_cpu:
+        return own + PROCESS_BYTES
+    return int(own * (1 + FRAGMENTS)) + CONTEXT_BYTES
+
+
+def best_setting(wish: StageWish, device: Device, precision: str, num_devices: int = 1) -> tuple[int | None, bool]:
+    """The largest micro-batch that fits, and whether activations must be computed again for it.
+
+    Without computing again where enough tokens fit so (or the whole step does); None where not even one row does.
+    """
+    plain = _largest(wish, device, precision, False, num_devices)
+    enough = min(ENOUGH_TOKENS[device.is_cpu], wish.whole_step_tokens, wish.micro_batch_tokens)
+    if plain is not None and plain >= enough:
+        return plain, False
+    again = _largest(wish, device, precision, True, num_devices)
+    return (again, True) if again is not None else (plain, plain is None)
+
+
+def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: bool, num_devices: int) -> int | None:
+    """The most tokens that fit, by halving; a multiple of `STEP_OF_TOKENS`, at least the longest row's."""
+
+    def fits(budget: int) -> bool:
+        size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
+        worst = peak(size) if num_devices == 1 else _shard(size, num_devices)
+        return with_overhead(worst, device) <= device.memory_bytes
+
+    low = -(-wish.rows.longest // STEP_OF_TOKENS)
+    whole = -(-wish.whole_step_tokens // STEP_OF_TOKENS)
+    high = max(low, whole)
+    if not fits(low * STEP_OF_TOKENS):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * STEP_OF_TOKENS) else (low, middle - 1)
+    # More than a whole step is never filled: what the recipe has may stay.
+    return max(low * STEP_OF_TOKENS, wish.micro_batch_tokens if low >= whole else 0)
+
+
+def _hours(
+    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool
+) -> Hours:
+    tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact)[0])
+    shared = wish.rows.num_shared if wish.is_exact else 0
+    rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
+    flops = flops_per_token(
+        wish.shape, wish.learns, wish.rows, is_checkpointing=is_checkpointing, rows_per_batch=rows_per_batch,
+        is_exact=wish.is_exact,
+    )  # fmt: skip
+    size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
+    return hours_of(
+        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs, batch_rows=wish.batch_rows,
+        learning_parameters=size.learning_parameters,
+    )  # fmt: skip
+
+
+def _sharded(wish: StageWish, device: Device, num_devices: int, precision: str) -> Sharded:
+    """Each device takes its part of a step's rows; memory is that of the recipe's micro-batch, or of what fits."""
+    own = replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
+    most, is_checkpointing = best_setting(own, device, precision, num_devices)
+    budget = min(most or wish.rows.longest, max(wish.micro_batch_tokens, wish.rows.longest))
+    needed = with_overhead(
+        _shard(size_of(own, precision, device.is_cpu, budget, is_checkpointing), num_devices), device
+    )
+    hours = _hours(wish, device, num_devices, precision, most, is_checkpointing).hours if most else None
+    return Sharded(num_devices, needed / GIB, most, is_checkpointing, hours)
+
+
+def _shard(size: StageSize, num_devices: int) -> Moment:
+    """The worst moment with weights, gradients and moments divided by N (FSDP2, resharded after forward).
+
+    Whole at a time: two layers' weights and the vocabulary's in the computed dtype, and a layer's gradients. There is
+    no autocast: nothing else is copied.
+    """
+    return max(_shards(replace(size, is_accumulating=True), num_devices), key=lambda moment: moment.num_bytes)
+
+
+def _shards(size: StageSize, num_devices: int) -> Iterator[Moment]:
+    b = size.compute.num_bytes
+    gathered = (2 * size.shape.layer_matrices + size.shape.num_rows * size.shape.hidden_size) * b
+    for moment in moments(size):
+        if moment.name == "look before the first step":
+            continue
+        items = {
+            name: -(-num_bytes // num_devices) if name in SHARDED else num_bytes
+            for name, num_bytes in moment.items.items()
+            if name != "copies of weights in 16 bits"
+        }
+        yield Moment(moment.name, items | {"gathered weights": gathered})
