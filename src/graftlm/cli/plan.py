@@ -11,11 +11,12 @@ import typer
 
 from graftlm.cli.options import AsJson, RunOut
 from graftlm.cli.show import plain, show
+from graftlm.errors import UserError
 
 if TYPE_CHECKING:
     from graftlm.health.devices import Device
     from graftlm.health.finding import Finding
-    from graftlm.health.plan import StagePlan
+    from graftlm.health.plan import StagePlan, StageWish
     from graftlm.recipe import Recipe
 
 WIDTH = 110
@@ -52,14 +53,26 @@ def plan(
     from graftlm.health.hazards import hazards_of
     from graftlm.health.plan import plan_stage
 
-    device = _device(loaded, on)
+    device, num_devices = _device(loaded, on), gpus * nodes
     wishes, told = wishes_of(loaded, out or Path("runs") / loaded.name)
-    plans = [plan_stage(wish, device, gpus * nodes) for wish in wishes]
-    found = _result(loaded, device, gpus * nodes, plans, hazards_of(plans, device, gpus * nodes), told)
+    if not device.is_cpu:
+        _check_shares(wishes, num_devices)
+    plans = [plan_stage(wish, device, num_devices) for wish in wishes]
+    found = _result(loaded, device, num_devices, plans, hazards_of(plans, device, num_devices), told)
     if as_json:
         show(found, True)
     else:
-        print("\n".join(map(plain, _told(found))))
+        print("\n".join(map(plain, _told(found, recipe))))
+
+
+def _check_shares(wishes: Sequence[StageWish], num_devices: int) -> None:
+    """Raises UserError where a step has fewer rows than there are devices to share them."""
+    wish = min(wishes, key=lambda wish: wish.batch_rows)
+    if wish.batch_rows < num_devices:
+        raise UserError(
+            f"{num_devices} devices would share {wish.batch_rows} rows a step ({wish.place}.batch_rows).",
+            f"Plan for at most {wish.batch_rows} devices, or with {wish.place}.batch_rows={num_devices}.",
+        )
 
 
 def _device(recipe: Recipe, on: str | None) -> Device:
@@ -165,7 +178,7 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _told(found: dict[str, Any]) -> Iterator[str]:
+def _told(found: dict[str, Any], recipe: Path) -> Iterator[str]:
     """The plan for a person."""
     from graftlm.run import duration
 
@@ -192,9 +205,9 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
     yield from ("", "Assumed")
     for line in found["assumptions"]:
         yield from _wrapped(line)
-    if found["changes"]:
+    if found["changes"] and found["fits_when_changed"]:
         yield ""
-        yield f"Try     graftlm run RECIPE {' '.join(found['changes'])}"
+        yield f"Try     graftlm run {recipe} {' '.join(found['changes'])}"
 
 
 def _told_stage(stage: dict[str, Any], duration: Callable[[float], str]) -> Iterator[str]:

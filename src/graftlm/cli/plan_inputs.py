@@ -7,7 +7,6 @@ instead. The sums are made in `health/`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,8 +219,7 @@ def _plain_rows(paths: Sequence[str], row_tokens: int) -> RowFacts:
     tokens = num_bytes / 4 if num_bytes else UNKNOWN_ROWS * row_tokens
     num_rows = max(1, round(tokens / row_tokens))
     told = f"{num_rows:,}, {row_tokens} tokens each, all learned: estimated from the files' size, 4 bytes a token"
-    rows = estimated_rows(num_rows, row_tokens, 1.0, 0, row_tokens, told)
-    return replace(rows, sample=((row_tokens, row_tokens - 1),))
+    return RowFacts(num_rows, ((row_tokens, row_tokens - 1),), row_tokens, 0, told)
 
 
 def _sizes(paths: Sequence[str]) -> Iterator[int]:

@@ -24,7 +24,7 @@ _LESS = {
 
 def hazards_of(plans: list[StagePlan], device: Device, num_devices: int) -> list[Finding]:
     """Everything to know before running these stages on `device`, gravest first."""
-    found = [*_device(device), *_malloc(device), *_devices(num_devices, plans)]
+    found = [*_device(device), *_malloc(device), *_devices(device, num_devices, plans)]
     for plan in plans:
         found += [
             *_memory(plan, device),
@@ -63,8 +63,14 @@ def _malloc(device: Device) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _devices(num_devices: int, plans: list[StagePlan]) -> Iterator[Finding]:
-    if num_devices > 1:
+def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterator[Finding]:
+    if num_devices > 1 and device.is_cpu:
+        yield Finding(
+            "one-cpu", "note", f"{num_devices} devices", None,
+            f"{num_devices} devices are asked for; this CPU is one, and the plan is for it.",
+            "Leave out --gpus and --nodes, or name a GPU with --on.",
+        )  # fmt: skip
+    elif num_devices > 1:
         told = ", ".join(
             f"{plan.wish.name} {plan.sharded.peak_gib:.1f} GiB each" for plan in plans if plan.sharded is not None
         )

@@ -96,16 +96,15 @@ class StagePlan:
         wish, at = self.wish, self.wish.place
         if self.micro_batch_tokens is None:
             return []
+        is_other_way = self.gradient_checkpointing != wish.gradient_checkpointing
         lines = []
         if wish.precision not in ("auto", self.precision):
             lines.append(f"{at}.precision={self.precision}")
-        if not self.fits or wish.micro_batch_tokens < wish.rows.longest:
+        if not self.fits or (is_other_way and self.micro_batch_tokens < wish.micro_batch_tokens):
             lines.append(f"{at}.micro_batch_tokens={self.micro_batch_tokens}")
-        if self.gradient_checkpointing != wish.gradient_checkpointing:
+        if is_other_way:
             lines.append(f"{at}.gradient_checkpointing={str(self.gradient_checkpointing).lower()}")
-            if self.fits and self.micro_batch_tokens < wish.micro_batch_tokens:
-                lines.append(f"{at}.micro_batch_tokens={self.micro_batch_tokens}")
-        return list(dict.fromkeys(lines))
+        return lines
 
 
 def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_checkpointing: bool) -> StageSize:
@@ -145,7 +144,7 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePl
         gradient_checkpointing=is_checkpointing,
         hours=hours,
         size=size,
-        sharded=_sharded(wish, device, num_devices, precision) if num_devices > 1 else None,
+        sharded=_sharded(wish, device, num_devices, precision) if num_devices > 1 and not device.is_cpu else None,
     )
 
 

@@ -19,11 +19,12 @@ MOST_LABELLED_SHARE = 0.9  # as `training/batches.py`: from there on the last la
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """`sample` holds (tokens, labels) of rows drawn evenly over all `num_rows`; the first `num_shared` tokens of a row
-    are those all begin with."""
+    """`sample` holds (tokens, labels) of rows drawn evenly over all `num_rows`, the longest of which has `longest`
+    tokens; the first `num_shared` tokens of a row are those all begin with."""
 
     num_rows: int
     sample: tuple[tuple[int, int], ...]
+    longest: int
     num_shared: int
     source: str
 
@@ -41,11 +42,6 @@ class RowFacts:
     def mean_keys(self) -> float:
         """Keys a position sees, averaged over tokens: half of the row's length."""
         return sum(tokens * tokens for tokens, _ in self.sample) / (2 * sum(tokens for tokens, _ in self.sample))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(tokens for tokens, _ in self.sample)
 
     def is_last_sparse(self, is_exact: bool) -> bool:
         """Whether the last layer is computed at labels only: where that is exact (no dropout) and worth it."""
@@ -86,11 +82,13 @@ def estimated_rows(
     labels = [max(1, min(round(length * label_share), length - num_shared - 1)) for length in tokens]
     # Spread over the sample, so that any stretch of it is like the whole.
     order = sorted(range(SAMPLED), key=lambda place: (place * 89) % SAMPLED)
-    return RowFacts(num_rows, tuple((tokens[place], labels[place]) for place in order), num_shared, source)
+    sample = tuple((tokens[place], labels[place]) for place in order)
+    return RowFacts(num_rows, sample, max(tokens), num_shared, source)
 
 
 def measured_rows(lengths: Sequence[int], labels: Sequence[int], num_shared: int, source: str) -> RowFacts:
     """Rows as they were tokenised; a sample of them, evenly spaced."""
     every = max(1, len(lengths) // SAMPLED)
     pairs = list(zip(lengths, labels, strict=True))[::every]
-    return RowFacts(len(lengths), tuple((int(tokens), int(count)) for tokens, count in pairs), num_shared, source)
+    sample = tuple((int(tokens), int(count)) for tokens, count in pairs)
+    return RowFacts(len(lengths), sample, int(max(lengths)), num_shared, source)
