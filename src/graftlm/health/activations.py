@@ -152,9 +152,10 @@ def kept_once(shape: Shape, learns: Learns, batch: MicroBatch, compute: Compute)
     return ledger.num_bytes
 
 
-def kept_of_head(shape: Shape, learns: Learns) -> int:
-    """Bytes of the head's gradient, which the loss computes in the forward pass."""
-    return shape.num_rows * shape.hidden_size * WIDE if learns.rows != "none" else 0
+def kept_of_head(shape: Shape, learns: Learns, num_new_rows: int) -> int:
+    """Bytes of the gradient of the head's rows that learn, which the loss computes in the forward pass."""
+    rows = {"all": shape.num_rows, "new": num_new_rows, "none": 0}[learns.rows]
+    return rows * shape.hidden_size * WIDE
 
 
 class _Ledger:

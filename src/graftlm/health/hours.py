@@ -9,7 +9,6 @@ Source: 2 operations for each weight and token forward, 2 for the gradient of wh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from graftlm.health.activations import Learns
@@ -72,10 +71,9 @@ class Hours:
 
 def hours_of(
     device: Device, num_devices: int, precision: str, rows: RowFacts, flops: Flops, *,
-    epochs: float, batch_rows: int, learning_parameters: int,
+    epochs: float, num_steps: int, learning_parameters: int,
 ) -> Hours:  # fmt: skip
     """The time of a stage on `num_devices`; more than one is a prediction with an assumed scaling."""
-    num_steps = max(1, round(epochs * math.ceil(rows.num_rows / batch_rows)))
     num_tokens = epochs * rows.num_rows * rows.mean_tokens
     total = flops.executed * num_tokens
     assumptions = [f"rows: {rows.source}"]

@@ -54,9 +54,9 @@ class StageSize:
         return self.shape.num_rows * self.shape.hidden_size * WIDE
 
     @property
-    def is_split(self) -> bool:
-        """Whether old and new rows are parameters apart: every use of the matrix then joins them anew."""
-        return self.num_new_rows > 0 and self.learns.rows != "none"
+    def learning_rows(self) -> int:
+        """How many rows of a vocabulary matrix learn."""
+        return {"all": self.shape.num_rows, "new": self.num_new_rows, "none": 0}[self.learns.rows]
 
     @property
     def adapter_parameters(self) -> int:
@@ -71,16 +71,18 @@ class StageSize:
     @property
     def learning_parameters(self) -> int:
         """How many parameters learn."""
-        rows = {"all": self.shape.num_rows, "new": self.num_new_rows, "none": 0}[self.learns.rows]
         body = self.shape.body_parameters if self.learns.kind == "full" else 0
-        return body + self.adapter_parameters + self.shape.row_matrices * rows * self.shape.hidden_size
+        rows = self.shape.row_matrices * self.learning_rows
+        return body + self.adapter_parameters + rows * self.shape.hidden_size
 
     @property
     def gradient_bytes(self) -> int:
-        """Gradients in float32. Those of new rows alone are a part of the whole matrix's, which stays with them."""
-        matrices = self.shape.row_matrices if self.learns.rows != "none" else 0
+        """Gradients in float32. An embedding's is made for all its rows: where only new ones learn, all of it stays."""
         body = self.shape.body_parameters if self.learns.kind == "full" else 0
-        return (body + self.adapter_parameters) * WIDE + matrices * self.matrix_bytes
+        rows = self.learning_rows
+        if rows and not self.shape.is_tied:
+            rows += self.shape.num_rows
+        return (body + self.adapter_parameters + rows * self.shape.hidden_size) * WIDE
 
     @property
     def is_held_narrow(self) -> bool:
@@ -166,15 +168,15 @@ def _pass(size: StageSize) -> Iterator[Moment]:
         copies = sum(layer["copies"] for layer in whole)
         yield _moment(size, "forward", prior, kept, once, copies=copies, workspace=_forward_workspace(size))
     yield _moment(size, "loss", prior, kept, once, head=_loss_bytes(size))
-    made = kept_of_head(shape, learns)
+    made = kept_of_head(shape, learns, size.num_new_rows)
     for number in reversed(range(last + 1)):
         gradients = prior if prior else made + layer_gradients
         again = sum(whole[number].values()) - sum(kept[number].values())
         workspace = _backward_workspace(size, number) + (layer_gradients if prior else 0)
         yield _moment(size, "backward", gradients, kept[: number + 1], once, workspace=workspace + again)
         made += layer_gradients
-    joined = size.matrix_bytes if learns.rows != "none" and (prior or shape.is_tied) else 0
-    workspace = joined + 2 * batch.num_tokens * shape.hidden_size * WIDE
+    added = size.matrix_bytes if learns.rows != "none" and (prior or shape.is_tied) else 0
+    workspace = added + 2 * batch.num_tokens * shape.hidden_size * WIDE
     yield _moment(size, "gradient of the embedding", size.gradient_bytes, [], 0, workspace=workspace)
 
 
@@ -206,27 +208,26 @@ def _layer_gradients(size: StageSize) -> int:
 
 
 def _loss_bytes(size: StageSize) -> int:
-    """The head while the loss is taken: its matrix, its gradient, chunks of logits, hidden states."""
+    """The head while the loss is taken: its matrix in 16 bits, its gradient, chunks of logits, hidden states."""
     b = size.compute.num_bytes
     narrow = b if size.compute.is_mixed else 0
-    does_learn = size.learns.rows != "none"
-    gradient = size.matrix_bytes // WIDE * (WIDE + narrow) if does_learn else 0
+    gradient = size.learning_rows * size.shape.hidden_size * (WIDE + narrow)
     hidden = size.batch.num_labels * size.shape.hidden_size * (WIDE + narrow)
     return _head_bytes(size) + gradient + hidden + _chunk_bytes(size)
 
 
 def _head_bytes(size: StageSize) -> int:
-    """What using the head's matrix makes: old and new rows joined, and a 16-bit copy."""
+    """The head's matrix in 16 bits, where it is not held so."""
     is_copied = size.compute.is_mixed and not size.is_head_narrow
-    each = (WIDE if size.is_split else 0) + (size.compute.num_bytes if is_copied else 0)
-    return size.matrix_bytes // WIDE * each
+    return size.shape.num_rows * size.shape.hidden_size * size.compute.num_bytes if is_copied else 0
 
 
 def _chunk_bytes(size: StageSize) -> int:
-    """Logits of a chunk and their soft-max, and the gradient of the chunk before, all in float32."""
+    """Logits of a chunk and their soft-max in float32, beside the soft-max of the chunk before and its gradient."""
     most = chunk_rows(size.shape.num_rows, "cpu" if size.compute.is_cpu else "cuda")
     labels = max(size.batch.num_labels, 1)
-    return (2 if labels <= most else 3) * min(most, labels) * size.shape.num_rows * WIDE
+    before = 0 if labels <= most else WIDE + (size.compute.num_bytes if size.compute.is_mixed else 0)
+    return (2 * WIDE + before) * min(most, labels) * size.shape.num_rows
 
 
 def _backward_workspace(size: StageSize, number: int) -> int:
@@ -269,6 +270,5 @@ def _look(size: StageSize) -> Iterator[Moment]:
         gradients = {"gradients fp32": moment.items.get("gradients fp32", 0)}
         yield Moment("look before the first step", held | gradients | passing)
     old_rows = (size.shape.num_rows - size.num_new_rows) * size.shape.hidden_size
-    joined = size.matrix_bytes if size.is_split else 0
     doubles = 2 * DOUBLE * old_rows if size.num_new_rows or size.learns.rows == "all" else 0
-    yield Moment("look before the first step", held | {"workspace": joined + doubles})
+    yield Moment("look before the first step", held | {"workspace": doubles})

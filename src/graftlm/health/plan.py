@@ -52,8 +52,13 @@ class StageWish:
 
     @property
     def whole_step_tokens(self) -> int:
-        """Tokens of a step in one micro-batch; hardly a step has more."""
-        return math.ceil(self.rows.step_tokens(self.batch_rows, self.is_exact)[1])
+        """Tokens of the largest step, were it one micro-batch."""
+        return math.ceil(self.rows.step_tokens(self.batch_rows, self.is_exact, self.num_steps))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer's steps of the stage."""
+        return self.rows.num_steps(self.batch_rows, self.epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +114,8 @@ class StagePlan:
 
 def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_checkpointing: bool) -> StageSize:
     """A stage's size with this budget of tokens a micro-batch."""
-    batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, wish.is_exact)
-    look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.is_exact)
+    batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, wish.is_exact, wish.num_steps)
+    look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.is_exact, 1)
     return StageSize(
         shape=wish.shape,
         learns=wish.learns,
@@ -192,7 +197,7 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
 def _hours(
     wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool
 ) -> Hours:
-    tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact)[0])
+    tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact))
     shared = wish.rows.num_shared if wish.is_exact else 0
     rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
     flops = flops_per_token(
@@ -201,7 +206,7 @@ def _hours(
     )  # fmt: skip
     size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
     return hours_of(
-        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs, batch_rows=wish.batch_rows,
+        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs, num_steps=wish.num_steps,
         learning_parameters=size.learning_parameters,
     )  # fmt: skip
 

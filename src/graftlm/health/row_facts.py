@@ -47,17 +47,25 @@ class RowFacts:
         """Whether the last layer is computed at labels only: where that is exact (no dropout) and worth it."""
         return is_exact and self.mean_labels <= MOST_LABELLED_SHARE * self.mean_tokens
 
-    def step_tokens(self, batch_rows: int, is_exact: bool) -> tuple[float, float]:
-        """Tokens computed in a step if all were one micro-batch: their mean, and what 39 of 40 steps stay below."""
+    def num_steps(self, batch_rows: int, epochs: float) -> int:
+        """Steps of a stage, as `training/batches.py` counts them."""
+        return max(1, round(epochs * math.ceil(self.num_rows / batch_rows)))
+
+    def step_tokens(self, batch_rows: int, is_exact: bool, num_steps: int = 1) -> float:
+        """Tokens computed in the largest of so many steps, were each one micro-batch: as often less as more.
+
+        Rows are drawn without putting back: a step of all rows is always as large.
+        """
         rows = min(batch_rows, self.num_rows)
         shared = self.num_shared if is_exact else 0
         variance = sum((tokens - self.mean_tokens) ** 2 for tokens, _ in self.sample) / len(self.sample)
-        mean = shared + rows * (self.mean_tokens - shared)
-        return mean, mean + 2 * math.sqrt(rows * variance)
+        of_sum = rows * variance * (self.num_rows - rows) / max(self.num_rows - 1, 1)
+        largest = NormalDist().inv_cdf(0.5 ** (1 / num_steps)) * math.sqrt(of_sum)
+        return shared + rows * (self.mean_tokens - shared) + largest
 
-    def fullest(self, budget: int, batch_rows: int, is_exact: bool) -> tuple[MicroBatch, bool]:
-        """The fullest micro-batch under a budget of tokens, and whether a step has more than one."""
-        _, most = self.step_tokens(batch_rows, is_exact)
+    def fullest(self, budget: int, batch_rows: int, is_exact: bool, num_steps: int) -> tuple[MicroBatch, bool]:
+        """The fullest micro-batch of so many steps under a budget of tokens, and whether a step may have several."""
+        most = self.step_tokens(batch_rows, is_exact, num_steps)
         tokens = min(budget, math.ceil(most))
         shared = self.num_shared if is_exact else 0
         return micro_batch(self.sample, tokens, shared, self.is_last_sparse(is_exact)), most > budget

@@ -1,0 +1,227 @@
+"""The estimate of memory against real passes and stages to the byte or nearly; the plan that is made of it."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from graftlm.health.activations import Compute, Learns, counts_of, kept_by_layer, kept_of_head, kept_once
+from graftlm.health.devices import DEVICES, cpu_device
+from graftlm.health.hazards import hazards_of
+from graftlm.health.hours import flops_per_token
+from graftlm.health.memory import GIB, moments, peak
+from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
+from graftlm.health.row_facts import estimated_rows, measured_rows
+from graftlm.model.causal import body_of, new_causal
+from graftlm.model.frozen import hold_frozen_as
+from graftlm.model.packed import attend_packed
+from graftlm.model.shapes import PUBLISHED, Shape, shape_of
+from graftlm.recipe import Stage
+from graftlm.text.rows import TokenRows
+from graftlm.training.batches import NO_SPARING, Sparing, Steps, row_batches
+from graftlm.training.loop import response_loss_sum
+from graftlm.training.precision import make_precision
+from graftlm.training.stage import StageRun
+from graftlm.training.trainable import prepare_model
+
+FIRST_NEW, NUM_SHARED, BATCH_ROWS, BUDGET = 400, 6, 8, 128
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRAINS: dict[str, tuple[dict[str, Any], Learns]] = {
+    "full": ({"kind": "full"}, Learns("full", "all")),
+    "lora": ({"kind": "lora", "rank": 4, "alpha": 4}, Learns("lora", "all", 4, ALL)),
+    "lora-with-dropout": (
+        {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}, Learns("lora", "all", 4, ALL, 0.1),
+    ),
+    "lora-of-queries": (
+        {"kind": "lora", "rank": 4, "alpha": 4, "rows": "new", "targets": ["q_proj", "v_proj"]},
+        Learns("lora", "new", 4, ("q_proj", "v_proj")),
+    ),
+    "new-rows": ({"kind": "new-rows"}, Learns("new-rows", "new")),
+}  # fmt: skip
+CARD_ROWS = estimated_rows(500_000, 177, 0.52, 29, 1024, "estimated")
+
+
+def some_rows(count: int) -> TokenRows:
+    """Rows that begin alike, two thirds of each an answer."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(NUM_SHARED + 6, 30, count)
+    ids = random.integers(3, 500, lengths.sum()).astype(np.uint16)
+    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    place = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths)
+    ids[place < NUM_SHARED] = 5
+    return TokenRows(ids, place > NUM_SHARED + 2, offsets, np.full(count, 10, np.int64))
+
+
+def small_model(num_kv_heads: int = 2, tied: bool = False) -> Any:
+    return new_causal(
+        num_rows=500, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=num_kv_heads, intermediate_size=80,
+        is_tied=tied,
+    )  # fmt: skip
+
+
+def make_stage(trains: dict[str, Any], precision: str, is_checkpointing: bool = False) -> Stage:
+    return Stage.model_validate(
+        {"name": "sft", "trains": trains, "batch_rows": BATCH_ROWS, "micro_batch_tokens": BUDGET, "keep": "last",
+         "precision": precision, "gradient_checkpointing": is_checkpointing, "heldout_every": None, "recovery": "off"}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "is_sparing"), [("fp32", True), ("bf16", False)])
+@pytest.mark.parametrize("kind", TRAINS)
+def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sparing: bool) -> None:
+    trains, learns = TRAINS[kind]
+    stage, device = make_stage(trains, precision), torch.device("cpu")
+    model = small_model(num_kv_heads=4 if is_sparing else 2)
+    shape = shape_of(model.config.to_dict(), "the model")
+    model = prepare_model(model, stage.trains, FIRST_NEW, 0)
+    its_precision = make_precision(stage, device)
+    hold_frozen_as(model, its_precision.compute_dtype)
+    attend_packed(body_of(model))
+    batch = row_batches(some_rows(8), range(8), 1000, device, Sparing() if is_sparing else NO_SPARING)[0]
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no later one takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = response_loss_sum(model.train(), batch, its_precision)
+    counts, compute = counts_of(batch.layout, len(batch.targets_N)), Compute(4 if precision == "fp32" else 2, True)
+    counted = kept_once(shape, learns, counts, compute) + kept_of_head(shape, learns, 500 - FIRST_NEW)
+    for layer in range(3):
+        counted += sum(kept_by_layer(shape, learns, counts, compute, is_last=layer == 2).values())
+    assert counted == sum(storage.nbytes() for storage in kept.values())
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "is_checkpointing", "tied"),
+    [
+        ("full", "fp32", True, False),
+        ("lora", "bf16", False, False),
+        ("new-rows", "fp32", False, True),
+    ],
+)
+def test_a_stages_peak_is_within_a_tenth_of_the_estimate(
+    kind: str, precision: str, is_checkpointing: bool, tied: bool, tmp_path: Path
+) -> None:
+    trains, learns = TRAINS[kind]
+    stage, rows, model = (
+        make_stage(trains, precision, is_checkpointing),
+        some_rows(2 * BATCH_ROWS),
+        small_model(2, tied),
+    )
+    shape = shape_of(model.config.to_dict(), "the model")
+    run = StageRun(model, stage, rows, {}, tmp_path, torch.device("cpu"), FIRST_NEW)
+    before = sum(p.nbytes for p in run.model.parameters())
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run.run()
+    assert before + most_allocated(watched) == pytest.approx(planned(shape, learns, stage, run.steps), rel=0.1)
+
+
+def most_allocated(watched: Any) -> int:
+    """Bytes at the worst moment, over what was there when the profile began."""
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_time = sorted(events, key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in in_time]).tolist())
+
+
+def planned(shape: Shape, learns: Learns, stage: Stage, steps: Steps) -> int:
+    """The estimate, of the micro-batches the stage really takes."""
+    labels = np.add.reduceat(steps.rows.is_target, steps.rows.offsets[:-1])
+    facts = measured_rows(steps.rows.lengths.tolist(), labels.tolist(), NUM_SHARED, "the test")
+    wish = StageWish(
+        "sft", "stages.sft", shape, learns, 500 - FIRST_NEW, facts, stage.precision, 1.0, BATCH_ROWS, BUDGET,
+        stage.gradient_checkpointing, False,
+    )  # fmt: skip
+    size = size_of(wish, stage.precision, True, BUDGET, stage.gradient_checkpointing)
+    taken = steps.micro_batches(1, torch.device("cpu"))  # the second step: Adam's moments are there
+    sizes = [
+        replace(size, batch=counts_of(batch.layout, len(batch.targets_N)), is_accumulating=place > 0)
+        for place, batch in enumerate(taken)
+    ]
+    return max(moment.num_bytes for size in sizes for moment in moments(size))
+
+
+def test_the_largest_of_many_steps_is_foreseen() -> None:
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(5, 0.8, 4000), 10, 1024).astype(int)
+    facts = measured_rows(lengths.tolist(), (lengths // 2).tolist(), 0, "the test")
+    known = replace(facts, sample=tuple((length, length // 2) for length in lengths.tolist()))
+    epochs = [random.permutation(lengths).reshape(125, 32).sum(1).max() for _ in range(20)]
+    assert known.step_tokens(32, True, 125) == pytest.approx(np.median(epochs), rel=0.03)
+    assert known.step_tokens(4000, True, 3) == pytest.approx(lengths.sum())  # a step of all rows
+    assert facts.step_tokens(32, True, 125) == pytest.approx(np.median(epochs), rel=0.1)  # from a sample
+
+
+def wish_for(model: str = "Llama-2-7b", kind: str = "full", **given: Any) -> StageWish:
+    shape = PUBLISHED[model].with_rows(49_954)
+    learns = Learns("full", "all") if kind == "full" else Learns("lora", "all", 64, ALL)
+    wish = StageWish(
+        kind, f"stages.{kind}", shape, learns, 17_954, CARD_ROWS, "fp16", 1.0, 128, 8192, True, False
+    )  # fmt: skip
+    return replace(wish, **given)
+
+
+def test_the_work_of_the_card_is_that_of_its_formula() -> None:
+    """6 operations a weight and token, and head and attention: 39.75 and 27.76 GFLOP, worked out by hand apart."""
+    full, lora = wish_for(), wish_for(kind="lora")
+    assert flops_per_token(full.shape, full.learns, CARD_ROWS).plain / 1e9 == pytest.approx(39.75, rel=0.02)
+    assert flops_per_token(lora.shape, lora.learns, CARD_ROWS).plain / 1e9 == pytest.approx(27.76, rel=0.02)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("h200", "full"), ("v100-32", "lora"), ("a100-40", "lora")])
+def test_the_micro_batch_told_is_the_largest_that_fits(device: str, kind: str) -> None:
+    found = plan_stage(wish_for(kind=kind), DEVICES[device])
+    budget = found.micro_batch_tokens
+    assert budget is not None
+
+    def needed(tokens: int) -> int:
+        size = size_of(found.wish, found.precision, False, tokens, found.gradient_checkpointing)
+        return with_overhead(peak(size), DEVICES[device])
+
+    assert needed(budget) <= DEVICES[device].memory_bytes
+    assert found.holds_step or needed(budget + 256) > DEVICES[device].memory_bytes
+
+
+def test_what_does_not_fit_is_sent_where_it_does() -> None:
+    found = plan_stage(wish_for(), DEVICES["v100-32"], 8)
+    assert (found.fits, found.micro_batch_tokens, found.changes) == (False, None, [])
+    assert found.sharded is not None
+    assert found.sharded.micro_batch_tokens is not None
+    assert found.sharded.peak_gib < 31.7
+    told = {finding.cause: finding for finding in hazards_of([found], DEVICES["v100-32"], 8)}
+    assert told["does-not-fit"].severity == "fatal"
+    assert "It fits one h200." in told["does-not-fit"].cure
+    assert "Here fits stages.full.trains={kind: lora}" in told["does-not-fit"].cure
+    assert "CUDA 12.6" in told["torch-build"].evidence
+    assert {"no-triton", "one-process"} <= told.keys()
+
+
+def test_a_budget_larger_than_memory_and_a_row_longer_than_the_budget_are_told_with_what_fits() -> None:
+    large = plan_stage(wish_for(kind="lora", micro_batch_tokens=60_000, batch_rows=1024), DEVICES["v100-32"])
+    assert not large.fits
+    assert large.micro_batch_tokens is not None
+    assert large.changes == [f"stages.lora.micro_batch_tokens={large.micro_batch_tokens}"]
+    small = plan_stage(wish_for(micro_batch_tokens=512), DEVICES["h200"])
+    told = hazards_of([small], DEVICES["h200"], 1)[0]
+    assert (small.fits, told.cause, told.severity) == (False, "row-longer-than-budget", "fatal")
+    assert "may have 1024 tokens, a micro-batch holds 512" in told.evidence
+
+
+def test_a_precision_the_device_lacks_is_told_with_the_one_to_take() -> None:
+    cpu = cpu_device("a CPU", 64 * GIB, 2, "fp32")
+    for device, asked, better in ((DEVICES["t4"], "bf16", "fp16"), (cpu, "fp16", "fp32")):
+        found = plan_stage(wish_for("TinyLlama-1.1B", "lora", precision=asked), device)
+        told = {finding.cause: finding.cure for finding in hazards_of([found], device, 1)}
+        assert told[f"no-{asked}"] == f"stages.lora.precision={better}"
+        assert f"stages.lora.precision={better}" in found.changes
