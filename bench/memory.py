@@ -4,9 +4,9 @@
 
 Counted: the most resident memory of the process (VmHWM) from before the look to the end of the stage, less what was
 resident (VmRSS) just before the model was built, with all libraries loaded, one small stage run to warm them up, and
-what was free given back. Each stage runs with malloc told to give freed blocks back (GIVEN_BACK): then what is resident
-is what is alive, which is what a plan can know. Those in fp32 run once more with malloc as it is: glibc's keeps freed
-blocks of less than 32 MiB, and before 2.38 seldom uses an aligned one again.
+what was free given back. Each stage runs with malloc set as `graftlm` sets it (GIVEN_BACK): then what is resident is
+nearly what is alive, which is what a plan can know. Those in fp32 run once more with malloc as it is: glibc's keeps
+freed blocks of less than 32 MiB, and before 2.38 seldom uses an aligned one again.
 
 Random Llamas, random rows that begin with the same 29 tokens, two steps. One thread (OMP_NUM_THREADS=1).
 """
@@ -30,21 +30,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftlm.cli import app
 from graftlm.cli.plan_inputs import learns_of
 from graftlm.device import machine_name, peak_memory_bytes
 from graftlm.health.activations import counts_of
 from graftlm.health.memory import StageSize, moments, peak
-from graftlm.health.plan import StageWish, size_of
+from graftlm.health.plan import LOOK_ROWS, LOOK_TOKENS, StageWish, size_of
 from graftlm.health.row_facts import measured_rows
 from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import NO_SPARING, Sparing, Steps
+from graftlm.training.batches import NO_SPARING, Sparing, Steps, row_batches
 from graftlm.training.stage import StageRun
 
 NUM_OLD, NUM_SHARED = 32_000, 29
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+GIVEN_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": str(app.GIVEN_BACK),
+    "MALLOC_TRIM_THRESHOLD_": str(app.GIVEN_BACK),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""What `graftlm` sets in its own process before it begins."""
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 64, "alpha": 32},
@@ -69,11 +75,12 @@ class Case:
     checkpointing: bool = False
     steps: int = 2
     keep: str = "last"
+    tied: bool = False
 
     @property
     def shape(self) -> Shape:
         inner = self.hidden * 43 // 16
-        return Shape(self.layers, self.hidden, inner, 8, 8, self.hidden // 8, NUM_OLD + self.new_rows)
+        return Shape(self.layers, self.hidden, inner, 8, 8, self.hidden // 8, NUM_OLD + self.new_rows, self.tied)
 
 
 SMALL: dict[str, Any] = {"hidden": 256, "layers": 8, "new_rows": 8000}
@@ -91,10 +98,12 @@ CASES = [
     Case("small new rows fp32, 4k", "new-rows", "fp32", **SMALL, budget=4096, batch_rows=88),
     Case("large full fp32, 1k", "full", "fp32", **LARGE, budget=1024, batch_rows=28),
     Case("large full fp32, 4k", "full", "fp32", **LARGE, budget=4096, batch_rows=88),
+    Case("large full fp32, 4k, tied", "full", "fp32", **LARGE, budget=4096, batch_rows=88, tied=True),
     Case("large lora fp32, 4k, rows frozen", "lora-no-rows", "fp32", **LARGE, budget=4096, batch_rows=88),
     Case("small full bf16, 1k", "full", "bf16", **SMALL, budget=1024, batch_rows=28),
     Case("small full bf16, 2k, recomputed", "full", "bf16", **SMALL, budget=2048, batch_rows=44, checkpointing=True),
     Case("small lora bf16, 2k", "lora", "bf16", **SMALL, budget=2048, batch_rows=44),
+    Case("small new rows fp32, 4k, tied", "new-rows", "fp32", **SMALL, budget=4096, batch_rows=88, tied=True),
     Case("small new rows bf16, 1k", "new-rows", "bf16", **SMALL, budget=1024, batch_rows=28),
     Case("large full bf16, 1k", "full", "bf16", **LARGE, budget=1024, batch_rows=28),
 ]  # fmt: skip
@@ -136,11 +145,13 @@ def planned(case: Case, given: TokenRows) -> tuple[list[StageSize], StageSize]:
         given, batch_rows=case.batch_rows, micro_batch_tokens=case.budget, epochs=1, seed=stage.seed,
         sparing=Sparing() if learns.dropout == 0 else NO_SPARING,
     )  # fmt: skip
+    look = row_batches(given, steps.row_ids(0)[:LOOK_ROWS], LOOK_TOKENS, torch.device("cpu"), steps.sparing)[0]
+    expected_here = replace(expected, look=counts_of(look.layout, len(look.targets_N)))
     sizes = []
     for step in range(1, steps.num_steps):  # Adam's moments are there from the second on
         for place, batch in enumerate(steps.micro_batches(step, torch.device("cpu"))):
             counts = counts_of(batch.layout, len(batch.targets_N))
-            sizes.append(replace(expected, batch=counts, is_accumulating=place > 0))
+            sizes.append(replace(expected_here, batch=counts, is_accumulating=place > 0))
     return sizes, expected
 
 
@@ -155,7 +166,7 @@ def run(case: Case, given: TokenRows, heldout: TokenRows) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = new_causal(
             num_rows=shape.num_rows, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
-            num_heads=shape.num_heads, intermediate_size=shape.intermediate_size,
+            num_heads=shape.num_heads, intermediate_size=shape.intermediate_size, is_tied=shape.is_tied,
         )  # fmt: skip
         held = {"new": heldout} if case.keep == "best" else {}
         new_id = NUM_OLD if case.new_rows else None

@@ -57,9 +57,9 @@ def _malloc(device: Device) -> Iterator[Finding]:
     if device.is_cpu:
         yield Finding(
             "malloc-keeps", "note", device.title, None,
-            "What is told is what is alive. Resident memory may be higher by a few per cent to a half, most in small "
-            "models: glibc's malloc keeps freed blocks of less than 32 MiB (bench/memory.py).",
-            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment makes it give them back, for some processor time.",
+            "What is told is what is alive. Where the kernel has no huge pages, up to twice as much is held: malloc "
+            "then keeps what was freed in blocks of less than 32 MiB (bench/memory.py).",
+            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment makes it give them back there, for some processor time.",
         )  # fmt: skip
 
 
