@@ -4,9 +4,9 @@
 
 Counted: the most resident memory of the process (VmHWM) from before the look to the end of the stage, less what was
 resident (VmRSS) just before the model was built, with all libraries loaded, one small stage run to warm them up, and
-what was free given back. Each stage runs with malloc set as `graftlm` sets it (GIVEN_BACK): then what is resident is
-nearly what is alive, which is what a plan can know. Those in fp32 run once more with malloc as it is: glibc's keeps
-freed blocks of less than 32 MiB, and before 2.38 seldom uses an aligned one again.
+what was free given back. Each stage runs with malloc told to give back all that is freed (ALIVE): then what is resident
+is what is alive, which is what a plan can know. Those in fp32 run twice more: with malloc set as `graftlm` sets it, and
+as it is, when glibc's keeps freed blocks of less than 32 MiB, and before 2.38 seldom uses an aligned one again.
 
 Random Llamas, random rows that begin with the same 29 tokens, two steps. One thread (OMP_NUM_THREADS=1).
 """
@@ -31,26 +31,22 @@ import numpy as np
 import torch
 
 from graftlm.cli import app
-from graftlm.cli.plan_inputs import learns_of
 from graftlm.device import machine_name, peak_memory_bytes
 from graftlm.health.activations import counts_of
 from graftlm.health.memory import StageSize, moments, peak
-from graftlm.health.plan import LOOK_ROWS, LOOK_TOKENS, StageWish, size_of
-from graftlm.health.row_facts import measured_rows
+from graftlm.health.plan import LOOK_ROWS, LOOK_TOKENS, size_of
 from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import NO_SPARING, Sparing, Steps, row_batches
+from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 
 NUM_OLD, NUM_SHARED = 32_000, 29
-GIVEN_BACK = {
-    "MALLOC_MMAP_THRESHOLD_": str(app.GIVEN_BACK),
-    "MALLOC_TRIM_THRESHOLD_": str(app.GIVEN_BACK),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-"""What `graftlm` sets in its own process before it begins."""
+ALIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+AS_RUN = {"MALLOC_MMAP_THRESHOLD_": str(app.GIVEN_BACK), "MALLOC_TRIM_THRESHOLD_": str(app.GIVEN_BACK)}
+AS_RUN["THP_MEM_ALLOC_ENABLE"] = "1"
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 64, "alpha": 32},
@@ -133,17 +129,11 @@ def planned(case: Case, given: TokenRows) -> tuple[list[StageSize], StageSize]:
     """The stage as the planner sees it: with each micro-batch it will really take, and with the one that
     `graftlm plan` expects of such rows."""
     stage = stage_of(case)
-    learns, shape = learns_of(stage), case.shape
-    labels = np.add.reduceat(given.is_target, given.offsets[:-1])
-    facts = measured_rows(given.lengths.tolist(), labels.tolist(), NUM_SHARED, "bench")
-    wish = StageWish(
-        case.name, "bench", shape, learns, case.new_rows, facts, case.precision, 1.0, case.batch_rows, case.budget,
-        case.checkpointing, case.keep == "best",
-    )  # fmt: skip
+    wish = wish_of(stage, "bench", case.shape, case.new_rows, facts_of(given, "bench"))
     expected = size_of(wish, case.precision, True, case.budget, case.checkpointing)
     steps = Steps(
         given, batch_rows=case.batch_rows, micro_batch_tokens=case.budget, epochs=1, seed=stage.seed,
-        sparing=Sparing() if learns.dropout == 0 else NO_SPARING,
+        sparing=Sparing() if wish.is_exact else NO_SPARING,
     )  # fmt: skip
     look = row_batches(given, steps.row_ids(0)[:LOOK_ROWS], LOOK_TOKENS, torch.device("cpu"), steps.sparing)[0]
     expected_here = replace(expected, look=counts_of(look.layout, len(look.targets_N)))
@@ -219,15 +209,16 @@ def main() -> None:
     for number, case in enumerate(CASES):
         if given.only and given.only not in case.name:
             continue
-        told = in_a_process(number, GIVEN_BACK)
+        told = in_a_process(number, ALIVE)
         line = f"{case.name:<40} planned {told['planned_bytes'] / 2**20:7.0f}"
         line += f"  measured {told['measured_bytes'] / 2**20:7.0f} MiB  {told['error']:+6.1%}  ({told['moment']})"
         line += f"  from row lengths {told['error_of_expected']:+6.1%}"
         if case.precision == "fp32":
-            default = in_a_process(number, {})
-            told["measured_with_default_malloc_bytes"] = default["measured_bytes"]
-            told["cpu_seconds_with_default_malloc"] = default["cpu_seconds"]
-            line += f"  malloc as it is {default['measured_bytes'] / 2**20:7.0f}"
+            for name, environment in {"as_run": AS_RUN, "with_default_malloc": {}}.items():
+                other = in_a_process(number, environment)
+                told[f"measured_{name}_bytes"] = other["measured_bytes"]
+                told[f"cpu_seconds_{name}"] = other["cpu_seconds"]
+                line += f"  {name} {other['measured_bytes'] / 2**20:5.0f} MiB {other['cpu_seconds']:3.0f} s"
         found.append(told)
         print(line, flush=True)
     worst, worst_expected = (max(abs(told[key]) for told in found) for key in ("error", "error_of_expected"))

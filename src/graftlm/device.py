@@ -79,6 +79,17 @@ def available_memory_bytes() -> int | None:
     return None
 
 
+def memory_here_bytes(device: torch.device) -> int | None:
+    """What this process may hold in all: what it holds now, and what is free; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        free = available_memory_bytes()
+        return None if free is None else free + pages * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held since `forget_peak_memory`: by torch on a GPU, by this whole process on the CPU."""
     if device.type == "cuda":

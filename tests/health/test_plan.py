@@ -16,7 +16,7 @@ from graftlm.health.hazards import hazards_of
 from graftlm.health.hours import flops_per_token
 from graftlm.health.memory import GIB, moments, peak
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
-from graftlm.health.row_facts import estimated_rows, measured_rows
+from graftlm.health.row_facts import RowFacts, estimated_rows
 from graftlm.model.causal import body_of, new_causal
 from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed
@@ -26,6 +26,7 @@ from graftlm.text.rows import TokenRows
 from graftlm.training.batches import NO_SPARING, Sparing, Steps, row_batches
 from graftlm.training.loop import response_loss_sum
 from graftlm.training.precision import make_precision
+from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model
 
@@ -113,7 +114,7 @@ def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sp
 def test_a_stages_peak_is_within_a_tenth_of_the_estimate(
     kind: str, precision: str, is_checkpointing: bool, tied: bool, tmp_path: Path
 ) -> None:
-    trains, learns = TRAINS[kind]
+    trains, _ = TRAINS[kind]
     stage, rows, model = (
         make_stage(trains, precision, is_checkpointing),
         some_rows(2 * BATCH_ROWS),
@@ -125,7 +126,7 @@ def test_a_stages_peak_is_within_a_tenth_of_the_estimate(
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run.run()
-    assert before + most_allocated(watched) == pytest.approx(planned(shape, learns, stage, run.steps), rel=0.1)
+    assert before + most_allocated(watched) == pytest.approx(planned(shape, stage, run.steps), rel=0.1)
 
 
 def most_allocated(watched: Any) -> int:
@@ -135,14 +136,9 @@ def most_allocated(watched: Any) -> int:
     return max(np.cumsum([event.nbytes() for event in in_time]).tolist())
 
 
-def planned(shape: Shape, learns: Learns, stage: Stage, steps: Steps) -> int:
+def planned(shape: Shape, stage: Stage, steps: Steps) -> int:
     """The estimate, of the micro-batches the stage really takes."""
-    labels = np.add.reduceat(steps.rows.is_target, steps.rows.offsets[:-1])
-    facts = measured_rows(steps.rows.lengths.tolist(), labels.tolist(), NUM_SHARED, "the test")
-    wish = StageWish(
-        "sft", "stages.sft", shape, learns, 500 - FIRST_NEW, facts, stage.precision, 1.0, BATCH_ROWS, BUDGET,
-        stage.gradient_checkpointing, False,
-    )  # fmt: skip
+    wish = wish_of(stage, "stages.sft", shape, 500 - FIRST_NEW, facts_of(steps.rows, "the test"))
     size = size_of(wish, stage.precision, True, BUDGET, stage.gradient_checkpointing)
     taken = steps.micro_batches(1, torch.device("cpu"))  # the second step: Adam's moments are there
     sizes = [
@@ -155,12 +151,10 @@ def planned(shape: Shape, learns: Learns, stage: Stage, steps: Steps) -> int:
 def test_the_largest_of_many_steps_is_foreseen() -> None:
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(5, 0.8, 4000), 10, 1024).astype(int)
-    facts = measured_rows(lengths.tolist(), (lengths // 2).tolist(), 0, "the test")
-    known = replace(facts, sample=tuple((length, length // 2) for length in lengths.tolist()))
+    known = RowFacts(4000, tuple((n, n // 2) for n in lengths.tolist()), 1024, 0, "the test")
     epochs = [random.permutation(lengths).reshape(125, 32).sum(1).max() for _ in range(20)]
     assert known.step_tokens(32, True, 125) == pytest.approx(np.median(epochs), rel=0.03)
     assert known.step_tokens(4000, True, 3) == pytest.approx(lengths.sum())  # a step of all rows
-    assert facts.step_tokens(32, True, 125) == pytest.approx(np.median(epochs), rel=0.1)  # from a sample
 
 
 def wish_for(model: str = "Llama-2-7b", kind: str = "full", **given: Any) -> StageWish:

@@ -79,17 +79,12 @@ def _device(recipe: Recipe, on: str | None) -> Device:
     """The device asked for, or the one a run would take here."""
     import torch
 
-    from graftlm.device import available_memory_bytes, fastest_precision, machine_name, num_cores
-    from graftlm.health.devices import cpu_device, find_device, gpu_device
+    from graftlm.health.devices import device_here, find_device
 
-    cpu = torch.device("cpu")
-    here = cpu_device(machine_name(cpu), available_memory_bytes() or 0, num_cores(), fastest_precision(cpu))
     if on is not None:
-        return find_device(on, here)
-    if recipe.device == "cpu" or not torch.cuda.is_available():
-        return here
-    facts = torch.cuda.get_device_properties(0)
-    return gpu_device(facts.name, facts.total_memory, (facts.major, facts.minor))
+        return find_device(on, device_here(torch.device("cpu")))
+    is_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    return device_here(torch.device("cpu" if is_cpu else "cuda"))
 
 
 def _result(

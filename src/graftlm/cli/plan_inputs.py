@@ -7,23 +7,21 @@ instead. The sums are made in `health/`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from graftlm.errors import UserError
-from graftlm.health.activations import Learns
 from graftlm.health.plan import StageWish
-from graftlm.health.row_facts import RowFacts, estimated_rows, measured_rows
+from graftlm.health.row_facts import RowFacts, estimated_rows
 from graftlm.model.shapes import Shape, find_shape, shape_of
 from graftlm.model.weights import read_model_config
-from graftlm.recipe import Lora, Recipe, Scratch, Source, Stage
+from graftlm.recipe import Recipe, Scratch, Source
 from graftlm.run import read_json
 from graftlm.text.files import open_files
 from graftlm.text.readers import read_source
 from graftlm.text.rows import TokenRows
 from graftlm.text.tokenizer.inventory import read_inventory
-from graftlm.training.batches import common_prefix
+from graftlm.training.room import facts_of, wish_of
 
 BELLE_TOKENS, BELLE_LABEL_SHARE = 177.0, 0.52
 """Of a row of BELLE with the 49,953-piece tokenizer, measured; the card's 500,000 rows are of that set."""
@@ -32,7 +30,6 @@ TEMPLATE_TOKENS, SHARED_TOKENS = 37, 29
 CARD_NEW_PIECES = 17_953
 UNKNOWN_ROWS = 100_000
 COUNTED_BYTES = 50_000_000
-SHARED_SAMPLE = 64
 
 
 def wishes_of(recipe: Recipe, folder: Path) -> tuple[list[StageWish], list[str]]:
@@ -45,38 +42,13 @@ def wishes_of(recipe: Recipe, folder: Path) -> tuple[list[StageWish], list[str]]
     scratch = recipe.base.scratch
     if scratch is not None:
         wishes.append(
-            _wish(scratch.training, "base.scratch.training", _scratch_shape(scratch), 0, _scratch_rows(scratch))
+            wish_of(scratch.training, "base.scratch.training", _scratch_shape(scratch), 0, _scratch_rows(scratch))
         )
     dialogues = _dialogue_rows(recipe, folder)
     for stage in recipe.stages:
         rows = dialogues if stage.objective == "dialogue" else _text_rows(recipe, folder)
-        wishes.append(_wish(stage, f"stages.{stage.name}", shape, num_new, rows))
+        wishes.append(wish_of(stage, f"stages.{stage.name}", shape, num_new, rows))
     return wishes, told
-
-
-def _wish(stage: Stage, place: str, shape: Shape, num_new_rows: int, rows: RowFacts) -> StageWish:
-    return StageWish(
-        name=stage.name,
-        place=place,
-        shape=shape,
-        learns=learns_of(stage),
-        num_new_rows=num_new_rows,
-        rows=rows,
-        precision=stage.precision,
-        epochs=stage.epochs,
-        batch_rows=stage.batch_rows,
-        micro_batch_tokens=stage.micro_batch_tokens,
-        gradient_checkpointing=stage.gradient_checkpointing,
-        keeps_best=stage.keep == "best",
-    )
-
-
-def learns_of(stage: Stage) -> Learns:
-    """What of the model a stage trains, in a plan's words."""
-    trains = stage.trains
-    if isinstance(trains, Lora):
-        return Learns("lora", trains.rows, trains.rank, trains.targets, trains.dropout, trains.dora)
-    return Learns("full", "all") if trains.kind == "full" else Learns("new-rows", "new")
 
 
 def _shape(recipe: Recipe, folder: Path) -> tuple[Shape, int, list[str]]:
@@ -152,12 +124,10 @@ def _tokenised(recipe: Recipe, folder: Path, name: str) -> RowFacts | None:
         return None
     if not _is_of_recipe(folder, recipe, ("base", "tokenizer", "data")):
         return None
-    rows = TokenRows.load(path)
-    labels = np.add.reduceat(rows.is_target, rows.offsets[:-1])
-    sample = np.unique(np.linspace(0, len(rows) - 1, SHARED_SAMPLE).astype(int)).tolist()
-    lengths = rows.lengths
-    told = f"{_counts_told(len(rows), lengths.mean(), labels.sum() / lengths.sum())}: tokenised in {path}"
-    return measured_rows(lengths.tolist(), labels.tolist(), common_prefix(rows, sample), told)
+    facts = facts_of(TokenRows.load(path), "")
+    share = facts.mean_labels / facts.mean_tokens
+    told = f"{_counts_told(facts.num_rows, facts.mean_tokens, share)}: tokenised in {path}"
+    return replace(facts, source=told)
 
 
 def _counts_told(num_rows: int, tokens: float, share: float) -> str:

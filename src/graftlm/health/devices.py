@@ -7,9 +7,13 @@ the makers publish; the share of it a training step reaches is an assumption, an
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from graftlm.device import available_memory_bytes, fastest_precision, machine_name, num_cores
 from graftlm.errors import UserError
 
 GIB = 2**30
@@ -89,7 +93,7 @@ DEVICES: Mapping[str, Device] = {
 
 
 def find_device(name: str, here: Device) -> Device:
-    """A device of the table by name; `cpu` is this machine's, `here`'s own title or name this machine's.
+    """A device by name: one of the table, or `here`.
 
     Raises UserError listing the known ones.
     """
@@ -101,6 +105,15 @@ def find_device(name: str, here: Device) -> Device:
     near = difflib.get_close_matches(wanted, [*DEVICES, "cpu"], n=1, cutoff=0.5)
     guess = f"Did you mean {near[0]}? " if near else ""
     raise UserError(f"No device is called {name!r}.", f"{guess}Known: {', '.join((*DEVICES, 'cpu'))}.")
+
+
+def device_here(device: torch.device) -> Device:
+    """A device of this machine: all of a GPU's memory, of the CPU's what is free now."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        return gpu_device(facts.name, facts.total_memory, (facts.major, facts.minor))
+    free = available_memory_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return cpu_device(machine_name(device), free, num_cores(), fastest_precision(device))
 
 
 def cpu_device(title: str, memory_bytes: int, num_cores: int, fastest: str) -> Device:

@@ -7,11 +7,11 @@ Does not know memory or time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from graftlm.health.activations import MicroBatch, micro_batch
+from graftlm.text.rows import TokenRows
 
 SAMPLED = 256
 MOST_LABELLED_SHARE = 0.9  # as `training/batches.py`: from there on the last layer is computed in full
@@ -94,9 +94,8 @@ def estimated_rows(
     return RowFacts(num_rows, sample, max(tokens), num_shared, source)
 
 
-def measured_rows(lengths: Sequence[int], labels: Sequence[int], num_shared: int, source: str) -> RowFacts:
+def measured_rows(rows: TokenRows, num_shared: int, source: str) -> RowFacts:
     """Rows as they were tokenised; a sample of them, evenly spaced."""
-    every = max(1, len(lengths) // SAMPLED)
-    pairs = list(zip(lengths, labels, strict=True))[::every]
-    sample = tuple((int(tokens), int(count)) for tokens, count in pairs)
-    return RowFacts(len(lengths), sample, int(max(lengths)), num_shared, source)
+    sampled = map(rows.row, range(0, len(rows), max(1, len(rows) // SAMPLED)))
+    sample = tuple((len(ids), int(is_target.sum())) for ids, is_target in sampled)
+    return RowFacts(len(rows), sample, int(rows.lengths.max()), num_shared, source)

@@ -51,6 +51,7 @@ from graftlm.training.precision import make_precision
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
+from graftlm.training.room import memory_finding
 from graftlm.training.show import steps_shown
 from graftlm.training.trainable import (
     copy_weights,
@@ -217,8 +218,9 @@ class StageRun:
 
     def look(self) -> tuple[Look, list[Finding]]:
         """The pre-flight of a stage not yet begun: what was seen, and the findings."""
+        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
         look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
-        return look, preflight(look)
+        return look, [*([tight] if tight else []), *preflight(look)]
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
@@ -228,7 +230,10 @@ class StageRun:
         return model
 
     def _look_before_the_first_step(self) -> None:
-        """Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
+        """Raises NumericalStop on a fatal finding, UserError on one of memory, unless the stage wants no doctor."""
+        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
+        if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
+            raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
         look, findings = self.look()
         write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
         for finding in findings:

@@ -1,0 +1,86 @@
+"""Whether a stage fits into the memory there is, told before its first step: a pass too large may end the process.
+
+Owns a stage in the words of a plan, and that verdict. The sums are made in `health/memory.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from graftlm.device import Precision, memory_here_bytes
+from graftlm.health.activations import Learns
+from graftlm.health.devices import device_here
+from graftlm.health.finding import Finding
+from graftlm.health.memory import GIB, peak
+from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
+from graftlm.health.row_facts import RowFacts, measured_rows
+from graftlm.model.causal import plain_model
+from graftlm.model.shapes import Shape, shape_of
+from graftlm.recipe import Lora, Stage
+from graftlm.text.rows import TokenRows
+from graftlm.training.batches import Steps, common_prefix
+
+SURE = 1.1
+"""The estimate is right to a tenth (bench/memory.py): what needs more than this does not fit."""
+SHARED_SAMPLE = 64
+
+
+def learns_of(stage: Stage) -> Learns:
+    """What of the model a stage trains, in a plan's words."""
+    trains = stage.trains
+    if isinstance(trains, Lora):
+        return Learns("lora", trains.rows, trains.rank, trains.targets, trains.dropout, trains.dora)
+    return Learns("full", "all") if trains.kind == "full" else Learns("new-rows", "new")
+
+
+def wish_of(stage: Stage, place: str, shape: Shape, num_new_rows: int, rows: RowFacts) -> StageWish:
+    """A stage in a plan's words."""
+    return StageWish(
+        name=stage.name,
+        place=place,
+        shape=shape,
+        learns=learns_of(stage),
+        num_new_rows=num_new_rows,
+        rows=rows,
+        precision=stage.precision,
+        epochs=stage.epochs,
+        batch_rows=stage.batch_rows,
+        micro_batch_tokens=stage.micro_batch_tokens,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        keeps_best=stage.keep == "best",
+    )
+
+
+def facts_of(rows: TokenRows, source: str) -> RowFacts:
+    """What a plan wants to know of tokenised rows."""
+    sample = np.unique(np.linspace(0, len(rows) - 1, SHARED_SAMPLE).astype(int)).tolist()
+    return measured_rows(rows, common_prefix(rows, sample), source)
+
+
+def memory_finding(
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None
+) -> Finding | None:
+    """What there is to tell of a prepared stage's memory: fatal where it surely does not fit, None where it does."""
+    there = memory_here_bytes(precision.device)
+    if there is None:
+        return None
+    device = replace(device_here(precision.device), memory_bytes=there)
+    shape = shape_of(plain_model(model).config.to_dict(), stage.name)
+    num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
+    wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
+    size = size_of(wish, precision.name, device.is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
+    worst = peak(size)
+    needed = with_overhead(worst, device)
+    if needed <= device.memory_bytes:
+        return None
+    changes = plan_stage(wish, device).changes
+    return Finding(
+        "does-not-fit", "fatal" if needed > SURE * device.memory_bytes else "warning", wish.place, None,
+        f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {device.memory_bytes / GIB:.1f} are there.",
+        f"It fits with {' '.join(changes)}."
+        if changes
+        else "Nothing smaller fits either: graftlm plan RECIPE tells where it would, and what would fit here.",
+    )  # fmt: skip
