@@ -12,7 +12,7 @@ from graftlm.health.activations import Learns
 from graftlm.health.devices import DEVICES, Device, precision_told
 from graftlm.health.finding import Finding
 from graftlm.health.memory import GIB
-from graftlm.health.plan import StagePlan, plan_stage
+from graftlm.health.plan import StagePlan, fits_at_all
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LESS = {
@@ -109,7 +109,7 @@ def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
 def _elsewhere(plan: StagePlan, device: Device) -> str:
     """Where the stage would fit, from the table, and what would fit here."""
     wish = plan.wish
-    there = [other.name for other in DEVICES.values() if plan_stage(wish, other).micro_batch_tokens is not None]
+    there = [other.name for other in DEVICES.values() if fits_at_all(wish, other)]
     told = [f"It fits one {', '.join(there)}." if there else "It fits no single device of the table."]
     if plan.sharded is not None and plan.sharded.micro_batch_tokens is not None:
         told.append(f"Sharded over {plan.sharded.num_devices} it would fit (predicted; not built yet).")
@@ -118,7 +118,7 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
         for trains, learns in _LESS.items()
         if learns.kind != wish.learns.kind and (learns.rows != "new" or wish.num_new_rows)
     }
-    fitting = [trains for trains, other in lighter.items() if plan_stage(other, device).micro_batch_tokens is not None]
+    fitting = [trains for trains, other in lighter.items() if fits_at_all(other, device)]
     if fitting:
         told.append(f"Here fits {wish.place}.trains={' or '.join(fitting)}.")
     return " ".join([*told, "Else take a smaller base."])

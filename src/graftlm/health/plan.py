@@ -178,9 +178,7 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
     """The most tokens that fit, by halving; a multiple of `STEP_OF_TOKENS`, at least the longest row's."""
 
     def fits(budget: int) -> bool:
-        size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
-        worst = peak(size) if num_devices == 1 else _shard(size, num_devices)
-        return with_overhead(worst, device) <= device.memory_bytes
+        return _fits(wish, device, precision, budget, is_checkpointing, num_devices)
 
     low = -(-wish.rows.longest // STEP_OF_TOKENS)
     whole = -(-wish.whole_step_tokens // STEP_OF_TOKENS)
@@ -192,6 +190,20 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
         low, high = (middle, high) if fits(middle * STEP_OF_TOKENS) else (low, middle - 1)
     # More than a whole step is never filled: what the recipe has may stay.
     return max(low * STEP_OF_TOKENS, wish.micro_batch_tokens if low >= whole else 0)
+
+
+def _fits(
+    wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, num_devices: int = 1
+) -> bool:
+    size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
+    worst = peak(size) if num_devices == 1 else _shard(size, num_devices)
+    return with_overhead(worst, device) <= device.memory_bytes
+
+
+def fits_at_all(wish: StageWish, device: Device) -> bool:
+    """Whether one row of the longest fits a device, activations kept or computed again."""
+    precision, _ = precision_told(device, wish.precision)
+    return any(_fits(wish, device, precision, wish.rows.longest, again) for again in (True, False))
 
 
 def _hours(

@@ -58,10 +58,11 @@ class RowFacts:
         """
         rows = min(batch_rows, self.num_rows)
         shared = self.num_shared if is_exact else 0
-        variance = sum((tokens - self.mean_tokens) ** 2 for tokens, _ in self.sample) / len(self.sample)
+        mean = self.mean_tokens
+        variance = sum((tokens - mean) ** 2 for tokens, _ in self.sample) / len(self.sample)
         of_sum = rows * variance * (self.num_rows - rows) / max(self.num_rows - 1, 1)
         largest = NormalDist().inv_cdf(0.5 ** (1 / num_steps)) * math.sqrt(of_sum)
-        return shared + rows * (self.mean_tokens - shared) + largest
+        return shared + rows * (mean - shared) + largest
 
     def fullest(self, budget: int, batch_rows: int, is_exact: bool, num_steps: int) -> tuple[MicroBatch, bool]:
         """The fullest micro-batch of so many steps under a budget of tokens, and whether a step may have several."""

@@ -1,0 +1,92 @@
+"""The verb plan: one JSON object or a page to read, and two lines for what cannot be planned."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from graftlm.cli.app import main
+
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "recipes" / "llama2-7b-chinese.yaml"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Plan in this process, in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["graftlm", "plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(str(left.value.code)), out, err
+
+    return call
+
+
+def test_the_cards_recipe_on_one_h200(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "h200", "--json")
+    found = json.loads(out)
+    assert (code, err, found["fits"]) == (0, "", True)
+    assert 110 < found["peak_gib"] < 140
+    assert sum(found["items"].values()) == pytest.approx(found["peak_gib"])
+    assert found["items"]["Adam's moments fp32"] == pytest.approx(2 * found["items"]["weights fp32"])
+    assert found["num_rows"] == 49_954
+    assert found["micro_batch_tokens"] >= 8192
+    assert found["hours"] == pytest.approx(sum(stage["hours"] for stage in found["stages"]))
+    assert any("assumed" in line for line in found["assumptions"])
+    assert {"bf16-instead", "dropout-costs"} <= {hazard["cause"] for hazard in found["hazards"]}
+
+
+def test_a_plan_to_read_names_the_command_that_follows(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "h200", "stages.full.micro_batch_tokens=512")
+    assert (code, err) == (0, "")
+    assert out.startswith("llama2-7b-chinese on one NVIDIA H200 SXM (140.4 GiB): fits when changed\n")
+    assert "fatal: full: a row may have 1024 tokens, a micro-batch holds 512." in out
+    last = out.splitlines()[-1]
+    assert last.startswith(f"Try     graftlm run {CARD} stages.full.micro_batch_tokens=")
+
+
+def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "v100-32", "--gpus", "8")
+    assert (code, err) == (0, "")
+    assert "(31.7 GiB): does not fit\n" in out
+    assert "not even one row fits" in out
+    assert "sharded       predicted, over 8: 2" in out
+    assert "CUDA 12.6 build" in out
+    assert "Try " not in out
+
+
+def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run) -> None:
+    code, out, err = run(ROOT / "recipes" / "demo.yaml", "--on", "cpu", "--gpus", "2", "--json")
+    found = json.loads(out)
+    assert (code, err, found["sharded"], found["host_gib"]) == (0, "", None, None)
+    assert any("characters of the first rows of" in line for line in found["assumptions"])
+    assert "one-cpu" in [hazard["cause"] for hazard in found["hazards"]]
+    assert [stage["num_steps"] > 0 for stage in found["stages"]] == [True] * len(found["stages"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first", "second"),
+    [
+        (["--on", "h300"], "No device is called 'h300'.", "Did you mean h200? Known: h200, h100,"),
+        (["--gpus", "0"], "Invalid value for '--gpus'", "graftlm plan --help"),
+        (
+            ["--on", "h200", "--gpus", "100", "--nodes", "2"],
+            "200 devices would share 128 rows a step (stages.full.batch_rows).",
+            "Plan for at most 128 devices, or with stages.full.batch_rows=200.",
+        ),
+        (["--on", "h200", "base.model=nobody/none"], "The shape of nobody/none is not known", "Check the name"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_two_lines(run: Run, arguments: list[str], first: str, second: str) -> None:
+    code, out, err = run(CARD, *arguments)
+    assert (code, out) == (2, "")
+    assert first in err
+    assert second in err
+    assert len(err.strip().splitlines()) == 2
