@@ -57,9 +57,9 @@ def _malloc(device: Device) -> Iterator[Finding]:
     if device.is_cpu:
         yield Finding(
             "malloc-keeps", "note", device.title, None,
-            "What is told is what is alive. Where the kernel has no huge pages, up to twice as much is held: malloc "
-            "then keeps what was freed in blocks of less than 32 MiB (bench/memory.py).",
-            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment makes it give them back there, for some processor time.",
+            "What is told is what is alive. malloc holds up to half as much again where tensors have less than 2 MiB, "
+            "as in small models, and up to twice as much where the kernel has no huge pages (bench/memory.py).",
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment makes it give back nearly all, for a third more time.",
         )  # fmt: skip
 
 
