@@ -136,7 +136,7 @@ def head(size: str, num_tokens: int, num_targets: int, precision: str, rounds: i
     kept = torch.arange(num_tokens) < num_targets
 
     def ours() -> torch.Tensor:
-        return linear_cross_entropy_sum(hidden[kept], weight, targets[kept], dtype)
+        return linear_cross_entropy_sum(hidden[kept], [weight], targets[kept], dtype)
 
     def plain() -> torch.Tensor:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

@@ -22,7 +22,7 @@ def test_equals_plain_cross_entropy(dtype: torch.dtype, rtol: float, monkeypatch
     (expected * 0.37).backward()
     master = torch.float64 if dtype == torch.float64 else torch.float32
     ours = [hidden.to(master).requires_grad_(), weight.to(master).requires_grad_()]
-    found = linear_cross_entropy_sum(ours[0], ours[1], targets, dtype, expected_grad=0.37)
+    found = linear_cross_entropy_sum(ours[0], [ours[1]], targets, dtype, expected_grad=0.37)
     (found * 0.37).backward()
     assert found.item() == pytest.approx(expected.item(), rel=rtol)
     for mine, reference in zip(ours, plain, strict=True):
@@ -32,11 +32,37 @@ def test_equals_plain_cross_entropy(dtype: torch.dtype, rtol: float, monkeypatch
     assert each.sum().item() == pytest.approx(expected.item(), rel=rtol)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), TOLERANCE)
+@pytest.mark.parametrize("learns", [(False, True), (True, False), (True, True), (False, True, False, True)])
+def test_a_head_in_parts_gives_each_learning_part_its_gradient(
+    dtype: torch.dtype, rtol: float, learns: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 16 * 4 * 50)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64)
+    targets = torch.randint(0, 50, (70,))
+    plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    cross_entropy(plain[0] @ plain[1].T, targets, reduction="sum").backward()
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    mine, whole = hidden.to(master).requires_grad_(), weight.to(master)
+    sizes = (13, 37) if len(learns) == 2 else (13, 20, 7, 10)
+    parts = [rows.requires_grad_(is_learning) for rows, is_learning in zip(whole.split(sizes), learns, strict=True)]
+    linear_cross_entropy_sum(mine, parts, targets, dtype).backward()
+    found = [mine.grad, *(part.grad for part in parts)]
+    for grad, reference, is_learning in zip(
+        found, [plain[0].grad, *plain[1].grad.split(sizes)], (True, *learns), strict=True
+    ):
+        if not is_learning:
+            assert grad is None
+        else:
+            assert (grad.double() - reference).norm() <= rtol * reference.norm()
+
+
 def test_another_backward_factor_than_expected_is_still_right() -> None:
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64)
     targets = torch.tensor([0, 1, 2, 3, 4])
-    linear_cross_entropy_sum(hidden, weight, targets, torch.float64, expected_grad=0.5).backward()
+    linear_cross_entropy_sum(hidden, [weight], targets, torch.float64, expected_grad=0.5).backward()
     fused, hidden.grad = hidden.grad, None
     cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
     assert torch.allclose(fused, hidden.grad, rtol=1e-12)
@@ -45,6 +71,6 @@ def test_another_backward_factor_than_expected_is_still_right() -> None:
 def test_no_label_gives_zero_not_nan() -> None:
     """B3: a batch without labels."""
     hidden = torch.randn(0, 4, requires_grad=True)
-    loss = linear_cross_entropy_sum(hidden, torch.randn(7, 4), torch.zeros(0, dtype=torch.long), torch.float32)
+    loss = linear_cross_entropy_sum(hidden, [torch.randn(7, 4)], torch.zeros(0, dtype=torch.long), torch.float32)
     loss.backward()
     assert loss.item() == 0.0

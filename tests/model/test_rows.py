@@ -1,10 +1,19 @@
 """Split rows: the same model with old and new rows as parameters of their own."""
 
+import copy
+
 import pytest
 import torch
 
 from graftlm.model.causal import head_weight, is_tied, new_causal
-from graftlm.model.rows import join_rows, parameter_groups_by_role, split_rows
+from graftlm.model.rows import (
+    head_rows,
+    join_rows,
+    joined,
+    lay_rows_together,
+    parameter_groups_by_role,
+    split_rows,
+)
 
 NUM_OLD, NUM_ROWS = 40, 64
 IDS = torch.tensor([[1, 5, 45, 63, 39, 40, 2]])
@@ -63,6 +72,43 @@ def test_frozen_old_rows_stay_bit_for_bit_while_new_ones_learn(tied, weight_deca
     for was, now in zip(before, after, strict=True):
         assert torch.equal(now[:NUM_OLD], was[:NUM_OLD])
         assert not torch.equal(now[NUM_OLD:], was[NUM_OLD:])
+
+
+def test_neighbours_are_joined_where_they_lie_and_others_are_copied():
+    whole = torch.randn(10, 3)
+    neighbours, strangers, swapped = [whole[:4], whole[4:]], [whole[:4], whole[5:]], [whole[4:], whole[:4]]
+    assert joined(neighbours).data_ptr() == whole.data_ptr()
+    for parts in (
+        neighbours,
+        strangers,
+        swapped,
+        [whole[:, :2], whole[:, 2:]],
+        [whole[:4], whole[4:].double()],
+        [whole],
+    ):
+        if parts[0].shape[1] == parts[-1].shape[1]:
+            assert torch.equal(joined(parts), torch.cat(parts))
+    assert joined(strangers).data_ptr() != whole.data_ptr()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_split_rows_lie_together_again_after_a_move(tied):
+    model = small_model(tied)
+    split_rows(model, NUM_OLD)
+    assert torch.equal(joined(head_rows(model)), head_weight(model))
+    assert joined(head_rows(model)).data_ptr() == head_rows(model)[0].data_ptr()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert joined(head_rows(model)).data_ptr() != head_rows(model)[0].data_ptr()
+    lay_rows_together(model)
+    assert joined(head_rows(model)).data_ptr() == head_rows(model)[0].data_ptr()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    logits = model(IDS).logits
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, logits)
+    with torch.no_grad():
+        head_rows(model)[1].add_(1.0)
+    assert not torch.equal(model(IDS).logits, logits)
 
 
 def test_roles_hold_every_parameter_once():

@@ -9,9 +9,13 @@ Shapes: N labelled positions, C positions of a chunk, V rows of the head, H hidd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+
+from graftlm.model.rows import joined
 
 # By device: on a CPU larger chunks lose more in the soft-max, which leaves the cache, than products gain (docs/log.md).
 # A GPU's products want a thousand positions: an estimate, not measured.
@@ -35,16 +39,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
         targets_N: torch.Tensor,
         compute_dtype: torch.dtype,
         expected_grad: float,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        learned, ctx.rows_of = _learned_rows([len(weight) for weight in weights], needs_weights)
+        needs_weight, weight_VH = any(needs_weights), joined(weights)
         wide = torch.promote_types(compute_dtype, torch.float32)
         hidden, weight = hidden_NH.to(compute_dtype), weight_VH.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_weight = torch.zeros_like(weight[learned], dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
@@ -63,9 +69,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[start : start + size])
             if grad_weight is not None and wide == compute_dtype:
-                grad_weight.addmm_(grad_CV.T, hidden_CH)
+                grad_weight.addmm_(grad_CV[:, learned].T, hidden_CH)
             elif grad_weight is not None:
-                grad_weight += grad_CV.T @ hidden_CH
+                grad_weight += grad_CV[:, learned].T @ hidden_CH
         ctx.expected = expected
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -79,28 +85,39 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if factor != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * factor
             grad_weight = None if grad_weight is None else grad_weight * factor
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden_dtype),
-            None if grad_weight is None else grad_weight.to(weight_dtype),
-            None,
-            None,
-            None,
-        )
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_dtype)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
+        parts = (None if rows is None or grad_weight is None else grad_weight[rows] for rows in ctx.rows_of)
+        return (grad_hidden, None, None, None, *parts)
+
+
+def _learned_rows(counts: Sequence[int], needed: Sequence[bool]) -> tuple[slice, list[slice | None]]:
+    """The span of rows that holds every part that learns, and where in that span each such part lies."""
+    ends = list(accumulate(counts))
+    spans = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    learned = [span for span, is_needed in zip(spans, needed, strict=True) if is_needed]
+    first, last = (learned[0][0], learned[-1][1]) if learned else (0, 0)
+    rows_of = [
+        slice(start - first, end - first) if is_needed else None
+        for (start, end), is_needed in zip(spans, needed, strict=True)
+    ]
+    return slice(first, last), rows_of
 
 
 def linear_cross_entropy_sum(
     hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
+    head_rows: Sequence[torch.Tensor],
     targets_N: torch.Tensor,
     compute_dtype: torch.dtype,
     expected_grad: float = 1.0,
 ) -> torch.Tensor:
     """Summed cross-entropy (nats) of the head's logits against `targets_N`; zero when there is no target.
 
+    The head's matrix VH comes in parts, one above the other; a part that does not learn costs no gradient.
     Matrix products run in `compute_dtype`, soft-max and sum in float32 or wider. Backward may be called once.
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return _LinearCrossEntropySum.apply(hidden_NH, weight_VH, targets_N, compute_dtype, expected_grad)
+        return _LinearCrossEntropySum.apply(hidden_NH, targets_N, compute_dtype, expected_grad, *head_rows)
 
 
 @torch.no_grad()

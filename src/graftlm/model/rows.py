@@ -7,6 +7,8 @@ bit. On the road every stage splits before it trains and joins before it hands i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,43 @@ from graftlm.model.causal import is_tied, vocabulary_modules
 Role = Literal["adapter", "body", "old_rows", "new_rows"]
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices one above the other, (sum of rows, H): the memory they lie in where they are neighbours, else a copy.
+
+    No gradient is kept; what is written into the result may show in the parts.
+    """
+    first = parts[0].detach()
+    if len(parts) == 1:
+        return first
+    if not all(_is_followed(above, below) for above, below in pairwise(parts)):
+        return torch.cat([part.detach() for part in parts])
+    shape = (sum(len(part) for part in parts), first.shape[1])
+    return first.new_empty(0).set_(first.untyped_storage(), first.storage_offset(), shape, first.stride())
+
+
+def _is_followed(above: Tensor, below: Tensor) -> bool:
+    return (
+        above.is_contiguous()
+        and below.is_contiguous()
+        and above.untyped_storage().data_ptr() == below.untyped_storage().data_ptr()
+        and above.storage_offset() + above.numel() == below.storage_offset()
+    )
+
+
+class _Joined(torch.autograd.Function):
+    """`joined`, with a gradient: each part's is its rows of the whole's."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.num_rows = [len(part) for part in parts]
+        return joined(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads = grad_outputs[0].split(ctx.num_rows)
+        return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
 class _OldAndNewRows(nn.Module):
     """weight_VH = old_rows above new_rows; the gradient of each is its part of the whole's."""
 
@@ -27,10 +66,10 @@ class _OldAndNewRows(nn.Module):
         self.first_new_id = first_new_id
 
     def forward(self, old_rows: Tensor, new_rows: Tensor) -> Tensor:
-        return torch.cat([old_rows, new_rows])
+        return _Joined.apply(old_rows, new_rows)
 
     def right_inverse(self, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
-        return weight_VH[: self.first_new_id].clone(), weight_VH[self.first_new_id :].clone()
+        return weight_VH[: self.first_new_id], weight_VH[self.first_new_id :]
 
 
 def split_rows(model: nn.Module, first_new_id: int) -> None:
@@ -48,6 +87,28 @@ def split_rows(model: nn.Module, first_new_id: int) -> None:
         shared = embedding.parametrizations.weight
         head.parametrizations.weight.original0 = shared.original0
         head.parametrizations.weight.original1 = shared.original1
+
+
+def lay_rows_together(model: nn.Module) -> None:
+    """Put both parts of split rows into one piece of memory, as `split_rows` does, so that joining copies nothing.
+
+    For a model moved to another device, where each parameter has become a tensor of its own.
+    """
+    embedding, head = vocabulary_modules(model)
+    for module in (embedding,) if is_tied(model) else (embedding, head):
+        if parametrize.is_parametrized(module, "weight"):
+            parts = [module.parametrizations.weight.original0, module.parametrizations.weight.original1]
+            whole = joined(parts)
+            for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                part.data = rows
+
+
+def head_rows(model: nn.Module) -> tuple[Tensor, ...]:
+    """The output head's matrix in its parts, one above the other: one where its rows are not split."""
+    head = vocabulary_modules(model)[1]
+    if not parametrize.is_parametrized(head, "weight"):
+        return (head.weight,)
+    return (head.parametrizations.weight.original0, head.parametrizations.weight.original1)
 
 
 def join_rows(model: nn.Module) -> None:

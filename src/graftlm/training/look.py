@@ -21,7 +21,7 @@ from graftlm.health.probe import Probe, bits_below, first_bad_weight, plain_name
 from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
-from graftlm.model.rows import Role, parameter_groups_by_role
+from graftlm.model.rows import Role, head_rows, parameter_groups_by_role
 from graftlm.recipe import Full, Lora, NewRows, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Batch, Steps, row_batches
@@ -91,7 +91,9 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
         hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
         head, wide = head_weight(model), torch.promote_types(head_weight(model).dtype, torch.float32)
         losses_N = target_losses(hidden_NH.detach(), head, batch.targets_N, wide)
-        loss = linear_cross_entropy_sum(hidden_NH, head, batch.targets_N, wide) / max(len(batch.targets_N), 1)
+        loss = linear_cross_entropy_sum(hidden_NH, head_rows(model), batch.targets_N, wide) / max(
+            len(batch.targets_N), 1
+        )
         if batch.targets_N.numel():
             loss.backward()
     model.train(was_training)

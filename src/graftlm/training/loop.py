@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from graftlm.device import Precision
 from graftlm.model.body import labelled_hidden_states
-from graftlm.model.causal import head_weight
 from graftlm.model.loss import linear_cross_entropy_sum
+from graftlm.model.rows import head_rows
 from graftlm.training.batches import Batch, Steps
 from graftlm.training.optim import set_learning_rates
 
@@ -52,7 +52,7 @@ def response_loss_sum(
     with precision.autocast():
         hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
     return linear_cross_entropy_sum(
-        hidden_NH, head_weight(model), batch.targets_N, precision.compute_dtype, expected_grad
+        hidden_NH, head_rows(model), batch.targets_N, precision.compute_dtype, expected_grad
     )
 
 

@@ -29,6 +29,7 @@ from graftlm.health.preflight import Look, preflight
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say, write_json
 from graftlm.text.rows import TokenRows
@@ -112,6 +113,7 @@ class StageRun:
         self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
         self.held = hold_frozen_as(self.model, self.precision.compute_dtype)
         self.model.to(device)
+        lay_rows_together(self.model)
         attend_packed(body_of(self.model))
         if stage.gradient_checkpointing:
             recompute_activations(self.model, True)
