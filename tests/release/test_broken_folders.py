@@ -200,6 +200,7 @@ def test_a_whole_folder_is_used_and_code_in_it_never_runs(
         (["export", "adapter", "--to", "gguf"], "adapter is no run folder"),
         (["chat", "adapter", "--once", "hi"], "is an adapter, not a whole model"),
         (["card", "adapter"], "adapter is no run folder"),
+        (["card", "begun"], "The run in begun has no finished model yet"),
         (["export", "adapter", "--to", "onnx"], "--to onnx is not known"),
         (["export", "adapter", "--to", "hf", "--quantization", "f16"], "--quantization belongs to --to gguf"),
         (["export", "adapter", "--to", "gguf", "--quantization", "q2"], "--quantization q2 is not known"),
@@ -213,6 +214,9 @@ def test_what_is_no_model_at_all_is_told(
     Path("model.gguf").write_bytes(b"GGUF\x03")
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
+    Path("begun").mkdir()
+    begun = {"stages": [{"name": "full"}], "base": {"model": "owner/base"}}
+    Path("begun/recipe.json").write_text(json.dumps({"recipe": begun}))
     monkeypatch.setattr(sys, "argv", ["graftlm", *arguments])
     with pytest.raises(SystemExit) as left:
         main()

@@ -184,8 +184,20 @@ def test_nothing_of_a_run_can_act_or_tell_where_it_lay(run: Path) -> None:
     assert cells == [4]
 
 
+def test_a_run_whose_training_has_not_ended_has_no_card(bare: Path, run: Path) -> None:
+    """A card of it would claim stages that never ran."""
+    (run / "5-lora" / "done.json").unlink()
+    with pytest.raises(UserError, match=r"no finished model yet.*: 5-lora has not ended") as refused:
+        card_text(run)
+    assert "Run its recipe again" in refused.value.fix
+    with pytest.raises(UserError, match="is no run folder"):
+        card_text(bare.parent)
+
+
 def test_what_was_not_recorded_is_called_so(bare: Path) -> None:
-    """A run that has only begun, and one of whose steps nothing is known."""
+    """A run of whose steps nothing is known but that its stages ended."""
+    for name in ("4-full", "5-lora"):
+        write(bare / name / "done.json", {"key": "k", "seconds": 7200.0})
     english, chinese = halves(card_text(bare))
     for told in ("Not measured.", "Not recorded.", "machine: not recorded"):
         assert told in english
@@ -193,8 +205,7 @@ def test_what_was_not_recorded_is_called_so(bare: Path) -> None:
         assert told in chinese
     assert "curves.svg" not in english
     assert "None" not in english + chinese
-    with pytest.raises(UserError, match="is no run folder"):
-        card_text(bare.parent)
+    assert "  " not in english[english.index("Limits") :]
 
 
 def test_the_steps_training_went_back_from_are_not_its_course(run: Path) -> None:

@@ -40,12 +40,13 @@ class _Raw(str):
 
 
 def card_text(folder: Path) -> str:
-    """The card of the run in `folder`, finished or not. Raises UserError when it is no run folder."""
+    """The card of the run in `folder`. Raises UserError when it is no run folder, or its training has not ended."""
     if not (folder / RECIPE).is_file():
         raise UserError(
             f"{folder} is no run folder: it holds no {RECIPE}.", "Give the folder of `graftlm run RECIPE --out DIR`."
         )
     run = read_run(folder)
+    _refuse_untrained(run, folder)
     told = _told(run, folder)
     parts = {
         name: _environment(place).get_template(file).render(told)
@@ -54,6 +55,17 @@ def card_text(folder: Path) -> str:
     frame = _environment(0).get_template(_FRAME).render(told | {name: _Raw(text) for name, text in parts.items()})
     card = ModelCard(f"---\n{card_data(run).to_yaml()}\n---\n{frame}")
     return str(card.content)
+
+
+def _refuse_untrained(run: RunRecord, folder: Path) -> None:
+    """A card says what was trained: of a run whose stages have not all ended it would be a promise."""
+    names = [f"{4 + number}-{stage['name']}" for number, stage in enumerate(run.recipe["stages"])]
+    missing = next((name for name in names if name not in run.done), None)
+    if missing:
+        raise UserError(
+            f"The run in {folder} has no finished model yet, so there is no card of it: {missing} has not ended.",
+            "Run its recipe again to continue it.",
+        )
 
 
 def write_card(run_folder: Path, out: Path) -> None:
