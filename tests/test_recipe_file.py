@@ -94,7 +94,7 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("seed: yes", "seed: expected a whole number, found true"),
+        ("seed: yes", "seed: expected a whole number, found 'yes'"),
         ("seed: 010", "found '010'"),  # YAML 1.1: 8
         ("seed: 1:30", "found '1:30'"),  # YAML 1.1: 90
         ("seed: 1_000", "found '1_000'"),  # YAML 1.1: 1000
@@ -103,7 +103,7 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
         ("seed: " + "9" * 5000, "found '99999"),
         ("device: " + "x" * 5000, "x…"),
         ("export: {max_shard_gb: .inf}", "expected a finite number"),
-        ("export: {dtype: no}", "export.dtype: expected fp32, bf16 or fp16, found false"),
+        ("export: {dtype: no}", "export.dtype: expected fp32, bf16 or fp16, found 'no'"),
         ("name: ../../etc", "name: expected small letters, digits and hyphens, 41 at most"),
         ("name: [tiny]", "name: expected text"),
         ("name:", "found null"),
@@ -159,6 +159,7 @@ def test_overrides_name_stages_by_name_or_number(tmp_path: Path) -> None:
     assert recipe.stages[1].trains.rank == 8
     assert recipe.stages[0].epochs == 2.5
     assert recipe.seed == 7
+    assert load_recipe(path, ["stages.lora.recovery=off"]).stages[1].recovery == "off"  # a bool to YAML 1.1
     assert "there is no nope" in problem_of(path, "stages.nope.epochs=1")
     assert "did you mean epochs?" in problem_of(path, "stages.lora.epoch=1")
     assert "section.key=value" in problem_of(path, "seed")

@@ -196,10 +196,12 @@ def _build(node: yaml.Node, where: Place, path: Path, source: _Source) -> Any:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """A plain value: null, bool, int, float or text. Dates, and numbers only YAML 1.1 knows, stay text."""
+    """A plain value: null, bool, int, float or text. Dates, and what only YAML 1.1 takes for a number or bool (off),
+    stay text."""
     is_number = node.tag.endswith(":float") and ":" not in node.value and "_" not in node.value
     is_number = is_number or (node.tag.endswith(":int") and PLAIN_INT.fullmatch(node.value) is not None)
-    if is_number or node.tag.endswith((":null", ":bool")):
+    is_bool = node.tag.endswith(":bool") and node.value.lower() in ("true", "false")
+    if is_number or is_bool or node.tag.endswith(":null"):
         return yaml.SafeLoader("").construct_object(node)
     return node.value
 

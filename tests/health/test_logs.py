@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftlm.errors import UserError
+from graftlm.health.curves import diagnose_curves
 from graftlm.health.logs import read_log
 
 CONSOLE = """\
@@ -30,6 +31,58 @@ def test_a_pasted_console_log(tmp_path: Path) -> None:
     assert log.scales == [(1, 65536.0), (2, 32768.0)]
     assert log.heldout == [(10, 7.1)]
     assert "already at minimum" in log.ending
+
+
+def overflow(scale: float) -> str:
+    return f"[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: {scale}, reducing to {scale / 2}\n"
+
+
+def test_loss_lines_between_overflows_do_not_break_a_storm(tmp_path: Path) -> None:
+    """Without a bar, lines are counted; DeepSpeed's reports say where the count stands."""
+    path = tmp_path / "console.log"
+    lines = [f"{{'loss': {9 - step / 10}, 'learning_rate': 1e-05}}\n" for step in range(20)]
+    lines += ["[log_dist] [Rank 0] step=40, skipped=0, lr=[1e-05], mom=[(0.9, 0.999)]\n"]
+    for part in range(5):
+        lines += [overflow(2.0 ** (16 - 10 * part - bit)) for bit in range(10)]
+        lines += ["{'loss': 0.0, 'learning_rate': 0.0002, 'epoch': 0.30}\n"]
+    lines += ["Exception: Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.\n"]
+    path.write_text("".join(lines), encoding="utf-8")
+    log = read_log(path)
+    assert [step for step, _ in log.scales] == list(range(41, 91))
+    assert all(record.is_filtered and record.is_bad for record in log.records[-5:])
+    findings, verdict = diagnose_curves(log)
+    storm = next(finding for finding in findings if finding.cause == "overflow-storm")
+    assert (verdict, storm.step) == ("crashed", 41)
+    assert "50 steps in a row" in storm.evidence
+    assert "from 32,768 to 5.82e-11, behind a loss of 7.10" in storm.evidence
+
+
+def test_reports_of_deepspeed_alone(tmp_path: Path) -> None:
+    """Loss reports are a curve; where every step between two reports was skipped, each of them was."""
+    path = tmp_path / "console.txt"
+    path.write_text("".join(f"steps: {n} loss: {10 / n:.4f} iter time (s): 0.5\n" for n in (10, 20, 30)))
+    assert [(r.step, r.loss) for r in read_log(path).records] == [(10, 1.0), (20, 0.5), (30, 0.3333)]
+    reports = [(10, 0), (20, 5), (30, 15), (40, 25)]
+    path.write_text("".join(f"[Rank 0] step={n}, skipped={k}, lr=[0.0001], mom=[]\n" for n, k in reports))
+    log = read_log(path)
+    assert [r.step for r in log.records if r.skipped] == list(range(21, 41))
+    assert "20 steps in a row overflowed, from step 21" in diagnose_curves(log)[0][0].evidence
+
+
+@pytest.mark.parametrize("norm", [{}, {"grad_norm": float("nan")}])
+def test_zeros_that_hide_a_loss_that_was_not_finite(tmp_path: Path, norm: dict[str, float]) -> None:
+    """A run that ends in NaN has diverged, whatever HF Trainer prints; a loss learned down to zero has not."""
+    path = tmp_path / "trainer_state.json"
+    history = [{"step": step, "loss": 9.0 - step / 100, "grad_norm": 1.0} for step in range(1, 300)]
+    history += [{"step": step, "loss": 0.0, **norm} for step in range(300, 600)]
+    path.write_text(json.dumps({"log_history": history}), encoding="utf-8")
+    findings, verdict = diagnose_curves(read_log(path))
+    assert verdict == "diverged"
+    assert findings[0].step == 300
+    assert "HF Trainer prints 0.0" in findings[0].evidence
+    learned = [{"step": step, "loss": round(9 * 0.9**step, 4)} for step in range(1, 300)]
+    path.write_text(json.dumps({"log_history": learned}), encoding="utf-8")
+    assert diagnose_curves(read_log(path)) == ([], "healthy")
 
 
 def test_trainer_state(tmp_path: Path) -> None:

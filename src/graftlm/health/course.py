@@ -14,7 +14,7 @@ from graftlm.health.cures import RATE_CUT, START, Asked, recipe_lines
 from graftlm.health.curves import diagnose_curves
 from graftlm.health.finding import Finding, Verdict
 from graftlm.health.incident import HOPELESS, Incident, finding_of
-from graftlm.health.logs import RunLog
+from graftlm.health.records import RunLog
 
 State = Literal["finished", "stopped", "unfinished", "log"]
 SEVERITIES = ("fatal", "warning", "note")

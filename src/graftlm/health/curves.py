@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from graftlm.health.finding import Finding, Verdict, alarms
-from graftlm.health.logs import RunLog, finite_losses
+from graftlm.health.records import RunLog, finite_losses
 from graftlm.health.rise import quick_eye, slow_eye
 
 WINDOW = 10
@@ -70,7 +70,7 @@ def _crash(log: RunLog) -> list[Finding]:
 
 def _runs_of_overflows(log: RunLog) -> list[tuple[int, int]]:
     """(first step, length) of every unbroken run of skipped steps."""
-    steps = sorted({step for step, _ in log.scales})
+    steps = sorted({step for step, _ in log.scales} | {r.step for r in log.records if r.skipped})
     runs: list[tuple[int, int]] = []
     for step in steps:
         if runs and step == runs[-1][0] + runs[-1][1]:
@@ -85,13 +85,21 @@ def _storms(log: RunLog) -> list[Finding]:
     return [
         Finding(
             "overflow-storm", "warning" if log.last_step >= first + length + STORM_STEPS else "fatal", "gradients",
-            first, f"{length} steps in a row overflowed, from step {first} on; none of them touched a weight.",
-            "No scale helps when the forward pass itself overflows: roll back and lower peak_lr; see where with "
-            "graftlm autopsy on the run's own folder.",
+            first, f"{length} steps in a row overflowed, from step {first} on{_fall(log, first, length)}; none of them "
+            "touched a weight.",
+            "No scale helps when the forward pass itself overflows: roll back and lower peak_lr (0.3 of it).",
         )
         for first, length in _runs_of_overflows(log)
         if length >= STORM_STEPS
     ]  # fmt: skip
+
+
+def _fall(log: RunLog, first: int, length: int) -> str:
+    """How the scale fell in a run of skipped steps, and the last loss before, as far as they were logged."""
+    scales = [scale for step, scale in log.scales if first <= step < first + length]
+    losses = [loss for step, loss in finite_losses(log.records) if step < first]
+    fell = f", the loss scale falling from {scales[0]:,.7g} to {scales[-1]:,.3g}" if len(scales) > 1 else ""
+    return f"{fell}, behind a loss of {losses[-1]:.2f}" if losses else fell
 
 
 def _ratchet(log: RunLog) -> list[Finding]:
@@ -116,6 +124,9 @@ def _ratchet(log: RunLog) -> list[Finding]:
     ]  # fmt: skip
 
 
+_FILTER = " HF Trainer prints 0.0 for such a loss (logging_nan_inf_filter)."
+
+
 def _not_finite(log: RunLog) -> list[Finding]:
     bad = [r for r in log.records if r.is_bad]
     if not bad:
@@ -125,7 +136,8 @@ def _not_finite(log: RunLog) -> list[Finding]:
         Finding(
             "loss-not-finite", "fatal" if len(bad) > 1 and not is_skipped else "warning", "forward pass", bad[0].step,
             f"The loss itself was not finite at {len(bad)} of the steps logged, first at step {bad[0].step}"
-            f"{'; all of them were skipped' if is_skipped else ''}.",
+            f"{'; all of them were skipped' if is_skipped else ''}."
+            f"{_FILTER if any(r.is_filtered for r in bad) else ''}",
             "A loss scale cannot help a forward pass: look at the weights before that step (autopsy), lower peak_lr, "
             "or use bf16 or fp32.",
         )
@@ -187,5 +199,7 @@ def _verdict(log: RunLog, findings: Sequence[Finding]) -> Verdict:
         return "crashed"
     if any(f.severity == "fatal" for f in grave):
         curve = smoothed(log)
+        if log.records and log.records[-1].is_bad:
+            return "diverged"
         return "diverged" if not curve or curve[-1][1] >= curve[0][1] else "damaged"
     return "recovered" if grave or log.interventions else "healthy"

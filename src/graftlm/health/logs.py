@@ -1,86 +1,22 @@
 """Logs of training runs, ours and others', as one kind of record.
 
-Owns how a run's curves are read: our `metrics.jsonl`, HF Trainer's `trainer_state.json` and console lines,
-DeepSpeed's overflow lines, and CSV files of step and loss. Does not judge what it reads (`curves.py`). A log reaches as
-far as it reaches: what it does not tell is None, never a guess.
+Owns how a run's curves are read: our `metrics.jsonl`, HF Trainer's `trainer_state.json`, and CSV files of step and
+loss; pasted console logs are read in `console.py`. Does not judge what it reads (`curves.py`). A log reaches as far as it
+reaches: what it does not tell is None, never a guess.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
+from graftlm.health.console import read_console
+from graftlm.health.records import LogRecord, RunLog, add_hf_line
 from graftlm.run import read_metrics
-
-# DeepSpeed 0.9 to 0.17 print these, with and without a hysteresis left.
-_OVERFLOW = re.compile(r"OVERFLOW! .*?Attempted loss scale: ([\d.e+-]+), (?:reducing to ([\d.e+-]+)|but hysteresis)")
-_FLOOR = "Current loss scale already at minimum"
-_PROGRESS = re.compile(r"(?:^|[\s|])(\d+)/(\d+) \[")
-_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?[\w.]*(?:Error|Exception): .+")
-_HF_LINE = re.compile(r"\{'(?:loss|eval_loss)'.*?\}")
-
-
-@dataclass(frozen=True, slots=True)
-class LogRecord:
-    """One step (from 1) as far as it was logged: nats per target token, norm before clipping, scale before the step.
-
-    `by_role` holds grad_norms, update_rms, weight_rms and zero_gradient_share, each by role (adapter, new_rows, …).
-    """
-
-    step: int
-    loss: float | None = None
-    lr: float | None = None
-    grad_norm: float | None = None
-    loss_scale: float | None = None
-    skipped: bool = False
-    by_role: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether the loss was not finite. HF Trainer prints 0.0 for such a loss, and its norm as it is."""
-        if self.loss == 0.0 and self.grad_norm is not None and math.isnan(self.grad_norm):
-            return True
-        return self.loss is not None and not math.isfinite(self.loss)
-
-
-@dataclass(slots=True)
-class RunLog:
-    """A run's curves. `heldout` holds (step, loss) of the language judged by, `readings` the same of each language;
-    `scales` (step, scale after) at each overflow; `ending` what was said last when the run stopped by itself: an
-    error's text. `records` are the run's own course; attempts it rolled back from lie in `abandoned`, in order.
-    `events` are what else happened, on those attempts too, as it was written: incidents, interventions, notes."""
-
-    name: str
-    records: list[LogRecord] = field(default_factory=list)
-    heldout: list[tuple[int, float]] = field(default_factory=list)
-    readings: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    scales: list[tuple[int, float]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    abandoned: list[list[LogRecord]] = field(default_factory=list)
-    ending: str = ""
-
-    @property
-    def incidents(self) -> list[dict[str, Any]]:
-        """The steps that were replayed, as written."""
-        return [line for line in self.events if line["event"] == "incident"]
-
-    @property
-    def interventions(self) -> list[dict[str, Any]]:
-        """The times it was rolled back, as written."""
-        return [line for line in self.events if line["event"] == "intervention"]
-
-    @property
-    def last_step(self) -> int:
-        """The last step anything was logged of."""
-        return max((*(r.step for r in self.records), *(step for step, _ in self.scales)), default=0)
 
 
 def read_log(path: str | Path) -> RunLog:
@@ -96,7 +32,7 @@ def read_log(path: str | Path) -> RunLog:
     elif path.suffix == ".json":
         log = _from_trainer_state(path, text)
     else:
-        log = _from_console(path.name, text)
+        log = read_console(path.name, text)
     if not log.records and not log.scales:
         raise UserError(
             f"{path} holds no training log: no loss and no overflow was found in it.",
@@ -166,7 +102,7 @@ def _add_line(log: RunLog, line: dict[str, Any]) -> None:
     elif event in ("incident", "intervention", "note"):
         log.events.append(line)
     elif event is None and "step" in line:
-        _add_hf_line(log, line, int(line["step"]))
+        add_hf_line(log, line, int(line["step"]))
 
 
 _BY_ROLE = ("grad_norms", "update_rms", "weight_rms", "zero_gradient_share")
@@ -175,7 +111,7 @@ _BY_ROLE = ("grad_norms", "update_rms", "weight_rms", "zero_gradient_share")
 def _record(line: dict[str, Any]) -> LogRecord:
     by_role = {key: line[key] for key in _BY_ROLE if key in line}
     return LogRecord(
-        line["step"], line["loss"], line["lr"], line["grad_norm"], line["loss_scale"], line["skipped"], by_role
+        line["step"], line["loss"], line["lr"], line["grad_norm"], line["loss_scale"], line["skipped"], by_role=by_role
     )
 
 
@@ -215,52 +151,7 @@ def _from_trainer_state(path: Path, text: str) -> RunLog:
         history = json.loads(text)["log_history"]
         log = RunLog(path.parent.name or path.name)
         for line in history:
-            _add_hf_line(log, line, int(line["step"]))
+            add_hf_line(log, line, int(line["step"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no trainer_state.json of HF Trainer.", "Give the file from a checkpoint.") from None
     return log
-
-
-def _add_hf_line(log: RunLog, line: dict[str, Any], step: int) -> None:
-    if "eval_loss" in line:
-        log.heldout.append((step, float(line["eval_loss"])))
-    elif "loss" in line:
-        norm = line.get("grad_norm")
-        log.records.append(
-            LogRecord(step, float(line["loss"]), line.get("learning_rate"), None if norm is None else float(norm))
-        )
-
-
-def _from_console(name: str, text: str) -> RunLog:
-    """Lines as HF Trainer and DeepSpeed print them. Steps come from the progress bar where one was printed, else lines
-    are counted."""
-    log = RunLog(name)
-    step, has_bar = 0, bool(_PROGRESS.search(text))
-    for line in re.split(r"[\r\n]+", text):
-        bar, overflow, losses = _PROGRESS.search(line), _OVERFLOW.search(line), _HF_LINE.findall(line)
-        if bar:
-            step = int(bar[1])
-        elif not has_bar:
-            step += bool(overflow or losses)
-        if overflow:
-            log.scales.append((step, float(overflow[2] or overflow[1])))
-        for found in losses:
-            _add_hf_line(log, _literal(found), step)
-        if losses:
-            log.ending = ""  # it went on
-        if _FLOOR in line or _ERROR.match(line):
-            log.ending = line.strip()
-    return log
-
-
-def _literal(text: str) -> dict[str, Any]:
-    """A printed dict; `nan` and `inf` are numbers there and not Python."""
-    try:
-        return ast.literal_eval(re.sub(r"\b(nan|inf)\b", r"'\1'", text))
-    except (ValueError, SyntaxError):
-        return {}
-
-
-def finite_losses(records: Iterable[LogRecord]) -> Iterator[tuple[int, float]]:
-    """(step, loss) of every record that has a finite loss."""
-    return ((r.step, r.loss) for r in records if r.loss is not None and not r.is_bad)

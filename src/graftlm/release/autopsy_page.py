@@ -16,7 +16,7 @@ from graftlm.health.autopsy import Autopsy
 from graftlm.health.course import Course, Diagnosis
 from graftlm.health.curves import WINDOW, smoothed
 from graftlm.health.finding import Finding
-from graftlm.health.logs import LogRecord
+from graftlm.health.records import LogRecord
 from graftlm.release.page import card, chapter, facts, page, safe, table
 from graftlm.release.plots import Events, Line, line_plot
 from graftlm.run import disk_errors, write_json
