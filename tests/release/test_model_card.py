@@ -92,8 +92,9 @@ def run(bare: Path, tokenizer) -> Path:
         "hidden_states_identical": True, "old_logits_identical": True, "max_old_logit_difference": 1.5e-6,
     })  # fmt: skip
     write(bare / "3-data" / "data.json", {
-        "rows_read": 510_000, "rows_kept": 499_000, "dropped": {NASTY: 11_000}, "tokens": 9_000_000,
-        "labels": 4_000_123,
+        "rows_read": 510_000, "rows_kept": 497_100, "dropped": {NASTY: 11_000}, "tokens": 9_000_000,
+        "labels": 4_000_123, "token_rows": 612_345, "heldout_rows": {"new": 1500, "old": 400},
+        "cut": {"longer than the limit: cut at a turn": 77},
     })  # fmt: skip
     lines: list[dict[str, Any]] = [step_line(1, 9.5), step_line(2, 77.0), step_line(3, 88.0)]
     lines.append({"event": "intervention", "step": 1, "number": 1, "at_step": 3, "action": "rollback", "text": NASTY})
@@ -126,16 +127,22 @@ def test_it_holds_all_that_the_original_card_holds(run: Path) -> None:
     """Tokenizer, rows, data, both stages with their hyper-parameters, precision, machine, hours, template: twice."""
     for half in halves(card_text(run)):
         for told in (
-            "owner/base-7b", "32,000", "17,954", "49,954", "owner/belle", "500,000", "499,000", "4,000,123",
+            "owner/base-7b", "32,000", "17,954", "49,954", "owner/belle", "500,000", "510,000",
+            "497,100", "1,900", "11,000", "612,345", "4,000,123", "1,500", "400",
             "| 0.0002 | 2e-05 |", "0.01 |", "0.05 |", "| 1 | 2 |", "| 128 | 128 |", "cosine", "1,024",
             "r64 α32", "6,885,494,784", "569,131,008", "fp16", "8 x Tesla V100-SXM2-32GB GPU", "12.0",
             "2.250 \\[2.150, 2.350\\] (-70.0 %)", "1.800 \\[1.700, 1.900\\] (+20.0 %)", "2,000", "0.03125",
             "9.500 → 4.250", "graftlm chat", "llama-cli",
             "### Instruction:\n\n${content}\n\n### Response:\n\n",
             "Human:${previous question}\nAssistant:${previous answer}\nHuman:${question}\n\n### Response:\n\n",
-            "stopped early: held-out loss no longer improves", "rollback: ", "中国的首都是哪里？", "20.0 %",
+            "中国的首都是哪里？", "20.0 %",
         ):  # fmt: skip
             assert told in half, told
+    english, chinese = halves(card_text(run))
+    for told in ("stopped early: held-out loss no longer improves", "rollback: ", "cut between two turns"):
+        assert told in english, told
+    for told in ("提前停止：留出集损失不再下降", "回退：", "超过长度上限，在两轮之间截断"):
+        assert told in chinese, told
 
 
 def test_both_languages_tell_the_same_numbers(run: Path) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from graftlm.errors import UserError
 from graftlm.model.causal import empty_causal, parameter_count
 from graftlm.release import card_facts as facts
+from graftlm.release.card_words import TOO_LONG, in_chinese
 from graftlm.release.page import number
 from graftlm.release.plots import Drawing, Line, draw_lines, picture
 from graftlm.release.record import RunRecord, StageRecord, read_run
@@ -128,7 +129,7 @@ def _environment(place: int) -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         finalize=lambda value: _shown(value, place),
     )  # fmt: skip
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "in_chinese": in_chinese}
     return environment
 
 
@@ -167,7 +168,8 @@ def _told(run: RunRecord, folder: Path) -> dict[str, Any]:
         "pad_piece": _pad_piece(tokenizer, run), "compression": _compression(run),
         "sources": facts.source_table(run), "stages": facts.stage_table(run), "stage_names": facts.stage_names(run),
         "heldout": facts.heldout_table(run), "languages": [facts.LANGUAGES[key] for key in run.languages],
-        "heldout_rows": [(facts.LANGUAGES[key], run.heldout[-1][key]["num_rows"]) for key in run.languages],
+        "judged": facts.judged(run), "data_rows": facts.data_rows(run),
+        "too_long": TOO_LONG[run.recipe["data"]["too_long"]],
         "questions": run.questions, "troubles": facts.troubles(run), "machines": facts.machines(run),
         "time": facts.time_told(facts.total_seconds(run)), "samples": facts.samples(run), "example": _example(run),
         "forgetting": facts.forgetting_percent(run),

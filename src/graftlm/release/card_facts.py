@@ -7,10 +7,12 @@ Owns which figures a card holds and how each is named in English and Chinese. Do
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graftlm.recipe_values import looks_like_hub_id
+from graftlm.release.card_words import ACTIONS, in_chinese
 from graftlm.release.record import RunRecord, StageRecord
 
 Told = tuple[str, str]
@@ -178,7 +180,7 @@ _STAGE_LINES: list[tuple[Told, Callable[[StageRecord], Any]]] = [
     (("steps taken", "训练步数"), lambda stage: stage.done.get("num_steps") or len(stage.steps) or None),
     (("steps skipped (not finite)", "跳过的步（非有限值）"), _skipped),
     (("weights kept", "保留的权重"), _kept),
-    (("tokens seen", "训练词元数"), lambda stage: sum(s["num_tokens"] for s in stage.steps) or None),
+    (("tokens computed", "计算的词元数"), lambda stage: sum(s["num_tokens"] for s in stage.steps) or None),
     (("first and last training loss", "首末训练损失"), _losses),
     (("time in steps", "训练用时"), _time),
     (("tokens a second", "每秒词元数"), _speed),
@@ -197,6 +199,37 @@ def source_table(run: RunRecord) -> list[list[Any]]:
         ]
         for source in run.recipe["data"]["sources"]
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class DataRows:
+    """What became of all rows that were read: `num_read` = `num_kept` + `num_heldout` + `num_left_out`.
+
+    `num_token_rows` is what the kept ones became for training, None where a run did not record it.
+    """
+
+    num_read: int
+    num_kept: int
+    num_heldout: int
+    num_left_out: int
+    num_token_rows: int | None
+
+
+def data_rows(run: RunRecord) -> DataRows | None:
+    """The account of the data step's rows, dialogues all."""
+    if run.data is None:
+        return None
+    heldout, dropped = run.data.get("heldout_rows") or {}, run.data["dropped"]
+    return DataRows(
+        run.data["rows_read"], run.data["rows_kept"], sum(heldout.values()), sum(dropped.values()),
+        run.data.get("token_rows"),
+    )  # fmt: skip
+
+
+def judged(run: RunRecord) -> list[tuple[Told, int | None, int]]:
+    """What the finished model was judged by: language, dialogues, and the rows of tokens they were judged in."""
+    dialogues = (run.data or {}).get("heldout_rows") or {}
+    return [(LANGUAGES[key], dialogues.get(key), run.heldout[-1][key]["num_rows"]) for key in run.languages]
 
 
 def heldout_table(run: RunRecord) -> list[list[Any]]:
@@ -233,17 +266,19 @@ def samples(run: RunRecord, num_each: int = 2) -> list[tuple[Told, str, str]]:
     return told
 
 
-def troubles(run: RunRecord) -> list[tuple[str, str]]:
-    """What happened in training besides steps: stage, and what was done or noticed, in the run's own words."""
-    told = []
+def troubles(run: RunRecord) -> list[tuple[str, Told]]:
+    """What happened in training besides steps: stage, and what was done or noticed."""
+    told: list[tuple[str, Told]] = []
     for stage in run.stages:
         told += [(stage.name, _intervention(line)) for line in stage.interventions]
-        told += [(stage.name, note) for note in stage.notes]
+        told += [(stage.name, (note, in_chinese(note))) for note in stage.notes]
     return told
 
 
-def _intervention(line: Mapping[str, Any]) -> str:
-    return f"{line.get('action', '?')}: {line.get('text', '')}".rstrip(": ")
+def _intervention(line: Mapping[str, Any]) -> Told:
+    action, text = str(line.get("action", "?")), str(line.get("text", ""))
+    chinese = ACTIONS.get(action, action)
+    return (f"{action}: {text}", f"{chinese}：{in_chinese(text)}") if text else (action, chinese)
 
 
 def forgetting_percent(run: RunRecord) -> float | None:
