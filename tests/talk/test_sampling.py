@@ -32,7 +32,8 @@ def test_zero_temperature_is_greedy() -> None:
 def test_top_k_and_top_p_cut_the_tail() -> None:
     assert (drawn(Sampling(temperature=1.0, top_k=3)) > 0).tolist() == [True, True, True, False, False]
     assert (drawn(Sampling(temperature=1.0, top_p=0.6)) > 0).sum() == 2
-    assert drawn(Sampling(temperature=1.0, top_p=0.01), 50).tolist() == [1, 0, 0, 0, 0]
+    for top_p in (0.01, 0.0):
+        assert drawn(Sampling(temperature=1.0, top_p=top_p), 50).tolist() == [1, 0, 0, 0, 0]
 
 
 def test_penalty_pushes_down_what_was_said() -> None:
@@ -57,7 +58,8 @@ def test_nothing_without_probability_is_drawn_at_the_very_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1},
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 2.1}, {"top_p": -0.1},
+              {"top_p": 1.5}, {"top_k": -1},
               {"repetition_penalty": 0.0}, {"max_new_tokens": 0}],
 )  # fmt: skip
 def test_impossible_values_are_told(wrong: dict) -> None:

@@ -197,7 +197,8 @@ def test_params_are_shown_and_changed(greeter) -> None:
     [
         ("warmth=1", "There is no parameter warmth. Known: temperature, top_p"),
         ("top_k=many", "top_k is 'many', expected a whole number."),
-        ("top_p=2", "top_p is 2.0, expected above 0"),
+        ("top_p=2", "top_p is 2.0, expected from 0 to 1"),
+        ("temperature=3", "temperature is 3.0, expected from 0 (always the likeliest) to 2."),
         ("temperature", "temperature is '', expected a number."),
     ],
 )

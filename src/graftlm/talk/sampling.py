@@ -17,13 +17,20 @@ import torch
 
 from graftlm.errors import UserError
 
+HOTTEST = 2.0
+"""The highest temperature, as in OpenAI's API: terminal, files of prompts, server and page all end there."""
+
+LEAST_TOP_P = 1e-12
+"""What a `top_p` of 0 stands for: below every likeliest token's probability, so that it stays, and it alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How answers are drawn. Temperature 0 takes the likeliest token every time (greedy).
 
-    `top_k` 0 and `top_p` 1 switch those cuts off; `repetition_penalty` divides the logits of tokens already in the
-    answer (not in the question: its words may be needed). The same seed gives the same answer.
+    `top_k` 0 and `top_p` 1 switch those cuts off, `top_p` 0 leaves the likeliest token alone; `repetition_penalty`
+    divides the logits of tokens already in the answer (not in the question: its words may be needed). The same seed
+    gives the same answer.
     """
 
     temperature: float = 0.0
@@ -35,8 +42,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wanted = {
-            "temperature": (0 <= self.temperature <= 100, "a number from 0 (always the likeliest) to 100"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 switches it off)"),
+            "temperature": (0 <= self.temperature <= HOTTEST, f"from 0 (always the likeliest) to {HOTTEST:g}"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1 (1 switches it off)"),
             "top_k": (self.top_k >= 0, "0 (off) or a count"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 switches it off)"),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
@@ -111,7 +118,7 @@ def _sample(
         # double: at 100,000 rows of the head a float32 running sum loses the tail
         probabilities_BK = (sorted_BK.double() / temperature).softmax(-1)
         before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
-        probabilities_BK = probabilities_BK.masked_fill(before_BK >= top_p, 0.0)
+        probabilities_BK = probabilities_BK.masked_fill(before_BK >= max(top_p, LEAST_TOP_P), 0.0)
     cumulative_BK = probabilities_BK.cumsum(-1)
     targets_B1 = (points_B * cumulative_BK[:, -1])[:, None]
     places_B1 = torch.searchsorted(cumulative_BK, targets_B1, right=True)

@@ -27,6 +27,7 @@ from graftlm.errors import UserError
 from graftlm.model.causal import empty_causal, head_weight
 from graftlm.run import say
 from graftlm.talk.generate import find_speaker, forbidden_ids_of, stop_ids_of
+from graftlm.talk.sampling import LEAST_TOP_P
 from graftlm.talk.serving.app import Served
 from graftlm.talk.serving.backend import AnswerFailed, Pieces
 from graftlm.talk.serving.engine import MAX_ROWS, MAX_WAITING, Busy
@@ -197,7 +198,7 @@ class VllmBackend:
         sampling = ask.sampling
         asked: dict[str, Any] = {
             **self.fixed, "prompt": ask.prompt_ids, "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "temperature": sampling.temperature, "top_p": sampling.top_p or LEAST_TOP_P,  # vLLM refuses 0
             "repetition_penalty": sampling.repetition_penalty, "seed": sampling.seed % 2**63,
         }  # fmt: skip
         if sampling.top_k:
