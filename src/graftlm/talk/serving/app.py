@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from graftlm.talk.serving.backend import AnswerFailed, Backend, Pieces
+from graftlm.talk.serving.complaints import complaint
 from graftlm.talk.serving.engine import Busy
 from graftlm.talk.serving.guard import Guard, error_body
 from graftlm.talk.serving.metrics import Metrics
@@ -277,17 +278,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        place = ".".join(str(part) for part in found["loc"] if part != "body")
-        if found["type"] == "json_invalid":
-            text, place = "The body is not JSON.", ""
-        elif found["type"] == "extra_forbidden":
-            text = f"Unrecognized request argument supplied: {place}"
-        elif not place:
-            text = f"The body must be a JSON object sent as application/json: {found['msg']}."
-        else:
-            text = f"{place}: {found['msg']}."
-        return JSONResponse(error_body(text, "invalid_request_error", place or None), 400)
+        text, param = complaint(error.errors())
+        return JSONResponse(error_body(text, "invalid_request_error", param), 400)
 
     @app.exception_handler(HTTPException)
     async def wrong(http: Request, error: HTTPException) -> Response:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import random
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from graftlm.talk.sampling import Sampling
+from graftlm.talk.sampling import HOTTEST, Sampling
 
 MAX_CHOICES = 8
 MAX_STOPS = 4
 MAX_TOP = 20
 
 _SEED_BITS = 63
-Stops = Annotated[list[str], Field(max_length=MAX_STOPS)]
+_Word = Annotated[str, Field(min_length=1)]
+Stops = Annotated[list[_Word], Field(max_length=MAX_STOPS)]
+_Empty = Annotated[list[Any], Field(max_length=0)]
+_Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+def _disagree(param: str, what: str) -> PydanticCustomError:
+    """Two fields that do not go together: `complaints` tells it as it stands."""
+    return PydanticCustomError("disagreeing", "{what}", {"param": param, "what": what})
 
 
 class _Body(BaseModel):
@@ -48,10 +57,10 @@ class ChatMessage(_Body):
     content: str | list[TextPart]
     name: str | None = None
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: _Empty | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: _Empty | None = None
 
     @property
     def text(self) -> str:
@@ -71,32 +80,25 @@ class _Generation(_Body):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**_SEED_BITS), lt=2**_SEED_BITS)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Stops | None = None
+    stop: _Word | Stops | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     # Told to OpenAI for its own book-keeping; an answer does not depend on them.
     user: str | None = None
     # Taken at the value that changes nothing.
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: _Zero | None = None
+    presence_penalty: _Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: Any) -> Any:
-        if isinstance(stop, list) and not all(stop):
-            raise ValueError("a stop string is empty")
-        return stop
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Any:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options belongs to stream: true")
+            raise _disagree("stream_options", "stream_options belongs to stream: true")
         return self
 
     @property
@@ -118,9 +120,10 @@ class _Generation(_Body):
         """How each choice of a prompt is drawn: seeds count up from the one given plus `first`, or from a fresh one."""
         seed = random.getrandbits(_SEED_BITS) if self.seed is None else self.seed
         temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         return [
-            Sampling(temperature, self.top_p or 1.0, self.top_k or 0, penalty, max_new_tokens, (seed + i) % 2**64)
+            Sampling(temperature, top_p, self.top_k or 0, penalty, max_new_tokens, (seed + i) % 2**64)
             for i in range(first, first + self.num_choices)
         ]
 
@@ -133,20 +136,33 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
+    # Taken at the values that change nothing, as clients send them without having been asked.
+    tools: _Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None  # of no tools
+    functions: _Empty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    # Told to OpenAI for its own book-keeping; an answer does not depend on them.
+    metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs belongs to logprobs: true")
+            raise _disagree("top_logprobs", "top_logprobs belongs to logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens are one thing by two names; they differ")
+            what = "max_tokens and max_completion_tokens are one thing by two names, and they differ"
+            raise _disagree("max_tokens", what)
         return self
 
     @property
@@ -172,9 +188,9 @@ class CompletionRequest(_Generation):
     @model_validator(mode="after")
     def _agrees(self) -> CompletionRequest:
         if self.best_of not in (None, self.num_choices):
-            raise ValueError("best_of other than n is not done here")
+            raise _disagree("best_of", "best_of other than n is not done here")
         if len(self.prompts) * self.num_choices > MAX_CHOICES:
-            raise ValueError(f"prompts times n may be at most {MAX_CHOICES}")
+            raise _disagree("n", f"prompts times n may be at most {MAX_CHOICES}")
         return self
 
     @property
