@@ -27,12 +27,20 @@ def rows_of(file: Path) -> list[dict]:
 
 
 def test_every_row_is_answered_in_order(chatbot, prompts, tmp_path) -> None:
-    result = generate_file(chatbot, prompts, tmp_path / "a" / "answers.jsonl", SAMPLING)
-    rows = rows_of(tmp_path / "a" / "answers.jsonl")
+    result = generate_file(chatbot, prompts, tmp_path / "answers.jsonl", SAMPLING)
+    rows = rows_of(tmp_path / "answers.jsonl")
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["answer"] for row in rows] == [chatbot.answer(ask(q), SAMPLING).text for q in QUESTIONS]
     assert rows[3]["prompt"] == {"prompt": "你好", "id": 3}
     assert (result["rows"], result["tokens"]) == (5, sum(row["answer_tokens"] for row in rows))
+
+
+def test_no_folder_is_made_by_a_slip_of_a_key(prompts, tmp_path) -> None:
+    """As `/save` of the chat does: refused before the model is read."""
+    with pytest.raises(UserError, match=r"There is no folder .*nodir") as refused:
+        generate_file("no-model", prompts, tmp_path / "nodir" / "answers.jsonl", SAMPLING)
+    assert "Make it first" in refused.value.fix
+    assert not (tmp_path / "nodir").exists()
 
 
 def test_progress_moves_while_a_window_is_answered(chatbot, prompts, tmp_path, monkeypatch) -> None:

@@ -16,7 +16,6 @@ from child import in_background
 from graftlm.cli import main
 from graftlm.errors import UserError
 from graftlm.model.causal import new_causal, save_causal
-from graftlm.talk import terminal
 from graftlm.talk.sampling import Sampling
 from graftlm.talk.terminal import chat_loop, chat_once
 from graftlm.text.dialogue import CARD
@@ -77,6 +76,22 @@ def test_a_saved_conversation_goes_on_after_loading(greeter, monkeypatch, tmp_pa
     assert seen[-1] == ["hi", "你好 there", "go on"]
     assert "after 2 messages" in screen
     assert "Kept 4 messages" in screen
+
+
+def test_of_several_kept_conversations_one_is_chosen(greeter, monkeypatch, tmp_path: Path) -> None:
+    """The page's "Export all" is such a file; nothing of it may be overwritten either."""
+    file = tmp_path / "all of them.jsonl"
+    rows = [{"title": f"talk\x1b[2J {n}", "messages": [{"role": "user", "content": f"q{n}"}]} for n in (1, 2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "third\nline " * 30}]))
+    kept = file.read_bytes()
+    seen = asked(greeter, monkeypatch)
+    screen = talk(greeter, f"/load {file}", "hi", f"/save {file}", f"/load {file} 4", f"/load {file} 2", "go on")
+    assert f"{file} holds 3 conversations:\n  1  talk[2J 1\n  2  talk[2J 2\n  3  third line third" in screen
+    assert f"Say which: /load {file} 1" in screen
+    assert "holds no conversation 4. Choose one from 1 to 3." in screen
+    assert "not a saved conversation, or not one alone" in screen
+    assert seen == [["hi"], ["q2", "go on"]]
+    assert file.read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -208,15 +223,6 @@ def test_wrong_params_change_nothing(greeter, words: str, told: str) -> None:
     assert "temperature=0 top_p=1 top_k=0" in screen
 
 
-def test_lines_that_come_at_once_are_one_message(monkeypatch) -> None:
-    """A terminal that does not mark pasted text hands its lines over one by one, without a pause."""
-    typed = iter(["one", "two", "three"])
-    waiting = iter([True, True, False])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    monkeypatch.setattr(terminal.select, "select", lambda *_: ([sys.stdin] if next(waiting) else [], [], []))
-    assert terminal._read_message("> ") == "one\ntwo\nthree"
-
-
 def chat_at(terminal_name: str, model: str) -> None:
     """`graftlm chat` at a terminal of its own; runs in a child."""
     os.setsid()
@@ -266,7 +272,15 @@ def test_keys_at_a_real_terminal(tokenizer, tmp_path: Path) -> None:
     end, terminal_file = os.openpty()
     child = in_background(chat_at, os.ttyname(terminal_file), str(tmp_path / "model"))
     keys = Keyboard(end)
-    place = keys.wait("> ")
+    keys.press("/system Be kind.\n/help\nhalf")  # while the model loads: two messages, and the beginning of a third
+    place = keys.wait("> /system Be kind.")
+    place = keys.wait("System message: Be kind.", place)
+    place = keys.wait("> /help", place)
+    place = keys.wait("forget the conversation", place)
+    place = keys.wait("half", place)
+    keys.press(" a line\x15/system off\r")
+    place = keys.wait("There is no system message.", place)
+    place = keys.wait("> ", place)
     keys.press("\x1b[200~one\ntwo\x1b[201~\r")
     place = keys.wait("\x1b[?2004l", place)  # the line is taken; what follows is the answer
     while len(keys.screen) < place + 40:

@@ -16,7 +16,7 @@ from typing import Any
 from graftlm.errors import UserError
 from graftlm.run import ProgressShown, disk_errors, say
 from graftlm.talk.generate import BATCH_ROWS, Answer, Chatbot, Prompt, load_chatbot
-from graftlm.talk.prompts import FORMS, PromptRow, read_prompts
+from graftlm.talk.prompts import FORMS, PromptRow, no_folder, read_prompts
 from graftlm.talk.sampling import Sampling
 
 # Rows answered between two writes: what a kill can cost. Longer windows batch better by length.
@@ -41,8 +41,9 @@ def generate_file(
         raise UserError(f"{target} cannot take the answers: it is the prompts or a folder.", "Give another --output.")
     if not rows:
         raise UserError(f"{source} holds no rows.", f"Write one prompt a line: {FORMS}.")
+    if not target.parent.is_dir():
+        raise no_folder(target.parent)
     with disk_errors(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
         done = _answered(target, {row.line: row for row in rows}, name)
     asked = [row for row in rows if row.line not in done]
     readable = [row for row in asked if row.conversation is not None]

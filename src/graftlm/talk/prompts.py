@@ -7,7 +7,7 @@ train on are read in `text/corpus.py`; these here need no answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +19,7 @@ from graftlm.text.dialogue import Conversation, Message, Role
 FORMS = (
     '{"prompt": "…"}, {"instruction": "…", "input": "…"}, {"messages": [{"role": "user", "content": "…"}]} or a string'
 )
+TITLES_TOLD, TITLE_CHARS = 20, 60
 _ROLES = tuple(role for role in get_args(Role) if role != "text")
 
 
@@ -104,20 +105,44 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
         try:
             load_conversation(path)
         except UserError:
-            raise UserError(f"{path} exists and is not a saved conversation.", "Choose another name.") from None
+            raise UserError(
+                f"{path} exists and is not a saved conversation, or not one alone.", "Choose another name."
+            ) from None
     row = {"messages": [{"role": m.role, "content": m.content} for m in conversation.messages]}
     with disk_errors(path.parent):
         try:
             path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"There is no folder {path.parent}.", "Choose a name in a folder that exists.") from None
+            raise no_folder(path.parent) from None
 
 
-def load_conversation(path: Path) -> Conversation:
-    """Read what `save_conversation` wrote: the last row of a JSONL file. Raises UserError."""
+def no_folder(folder: Path) -> UserError:
+    """What is told when a file is to be written into a folder that is not there: none is made by a slip of a key."""
+    return UserError(f"There is no folder {folder}.", "Make it first, or choose a name in a folder that exists.")
+
+
+def load_conversation(path: Path, number: int | None = None) -> Conversation:
+    """Conversation `number` (from 1) of a JSONL file; without a number the only one. Raises UserError."""
     rows = list(read_prompts(path))
     if not rows:
         raise UserError(f"{path} is empty.", "Choose a saved conversation.")
-    if rows[-1].conversation is None:
-        raise UserError(f"{path}:{rows[-1].line} {rows[-1].problem}.", "Choose a saved conversation.")
-    return rows[-1].conversation
+    if number is None and len(rows) > 1:
+        told = "\n".join([f"{path} holds {len(rows)} conversations:", *_titles(rows)])
+        raise UserError(told, f"\nSay which: /load {path} 1")
+    if number is not None and not 1 <= number <= len(rows):
+        raise UserError(f"{path} holds no conversation {number}.", f"Choose one from 1 to {len(rows)}.")
+    row = rows[(number or 1) - 1]
+    if row.conversation is None:
+        raise UserError(f"{path}:{row.line} {row.problem}.", "Choose a saved conversation.")
+    return row.conversation
+
+
+def _titles(rows: Sequence[PromptRow]) -> list[str]:
+    """A line for each of the first rows: its number, and its title or first question."""
+    lines = []
+    for number, row in enumerate(rows[:TITLES_TOLD], start=1):
+        asked = next((m.content for m in row.conversation.messages if m.role == "user"), "") if row.conversation else ""
+        title = row.value.get("title") if isinstance(row.value, dict) else None
+        said = " ".join((title if isinstance(title, str) and title.strip() else asked or row.problem).split())
+        lines.append(f"  {number}  {said[:TITLE_CHARS]}{'…' if len(said) > TITLE_CHARS else ''}")
+    return [*lines, "  …"] if len(rows) > TITLES_TOLD else lines

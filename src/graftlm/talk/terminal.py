@@ -1,14 +1,12 @@
 """Talking in a terminal: a conversation of several turns, or one message and out.
 
-Owns commands, keys and what is shown. Does not know how answers are made. Reading and writing are passed in, so
-that a conversation can be held by a test as well as by a person.
+Owns commands and what is shown. Does not know how answers are made, nor what keys are pressed (`keyboard`). Reading
+and writing are passed in, so that a conversation can be held by a test as well as by a person.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-import select
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -17,6 +15,7 @@ from typing import Any
 
 from graftlm.errors import UserError
 from graftlm.talk.generate import Chatbot, ask
+from graftlm.talk.keyboard import line_editor
 from graftlm.talk.prompts import load_conversation, save_conversation
 from graftlm.talk.sampling import Sampling
 from graftlm.text.dialogue import Conversation, Message
@@ -24,16 +23,13 @@ from graftlm.text.dialogue import Conversation, Message
 HELP = """\
 /reset        forget the conversation
 /save FILE    keep it as one line of JSON
-/load FILE    go on with a kept one
+/load FILE    go on with a kept one; /load FILE 2 with the second of several
 /system TEXT  put a system message before everything; alone it shows it, off removes it
 /params       show how answers are drawn; /params temperature=0.7 top_p=0.9 changes it
 /help         this list
 /quit         leave (Ctrl-D, or Ctrl-C twice, too)
 //text        send text that begins with a slash
 Several lines pasted at once are one message; the arrow keys bring earlier ones back. Ctrl-C stops an answer."""
-
-# A pasted line is followed by the next within this time; no person types so fast.
-_PASTE_SECONDS = 0.03
 
 # What a model writes could otherwise move the cursor, rename the window or hide text: ESC and its kin.
 _TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -104,7 +100,8 @@ class _Talk:
         """Go on with a kept conversation; what was said here is forgotten. Raises UserError."""
         if not name:
             raise UserError("/load needs a file's name.", "Type: /load talk.jsonl")
-        messages = load_conversation(Path(name).expanduser()).messages
+        file, number = _file_and_number(name)
+        messages = load_conversation(file, number).messages
         self.system = "\n\n".join(message.content for message in messages if message.role == "system")
         self.turns = tuple(message for message in messages if message.role != "system")
         self.note(f"Going on after {len(self.turns)} messages.")
@@ -148,7 +145,7 @@ def chat_loop(
     `read(prompt)` returns a message, or raises EOFError or KeyboardInterrupt; `write` takes pieces of text.
     """
     talk = _Talk(chatbot, sampling, system, write, sys.stdout.isatty() if is_styled is None else is_styled)
-    read = read or _line_editor()
+    read = read or line_editor()
     talk.note("Type a message; /help lists the commands, Ctrl-D leaves.")
     is_leaving = False  # Ctrl-C was the last thing typed
     while True:
@@ -182,7 +179,7 @@ def _obey(talk: _Talk, line: str) -> bool:
         talk.write("\n")
         talk.note("(stopped)")
     except UserError as error:
-        talk.note(f"{error.problem} {error.fix}")
+        talk.note(_harmless(f"{error.problem} {error.fix}"))
     return True
 
 
@@ -218,33 +215,14 @@ def _with_params(sampling: Sampling, text: str) -> Sampling:
     return replace(sampling, **changed)
 
 
+def _file_and_number(name: str) -> tuple[Path, int | None]:
+    """`FILE` or `FILE N`; a file's name may end in a blank and a number itself."""
+    file = Path(name).expanduser()
+    head, _, last = name.rpartition(" ")
+    if head.strip() and last.isdecimal() and not file.exists():
+        return Path(head.strip()).expanduser(), int(last)
+    return file, None
+
+
 def _harmless(text: str) -> str:
     return _TERMINAL_CONTROL.sub("", text)
-
-
-def _line_editor() -> Callable[[str], str]:
-    """Arrow keys and history where the system has them."""
-    with contextlib.suppress(ImportError):
-        import readline
-
-        # Python switches it off; with it the terminal marks pasted text, whose line ends then end no message.
-        readline.parse_and_bind("set enable-bracketed-paste on")
-    return _read_message if sys.stdin.isatty() else _read_line
-
-
-def _read_message(prompt: str) -> str:
-    """A typed line; where the terminal does not mark pasted text, the lines that follow at once belong to it."""
-    lines = [_read_line(prompt)]
-    while select.select([sys.stdin], [], [], _PASTE_SECONDS)[0]:
-        try:
-            lines.append(_read_line(""))
-        except EOFError:
-            break
-    return "\n".join(lines)
-
-
-def _read_line(prompt: str) -> str:
-    try:
-        return input(prompt)
-    except UnicodeDecodeError:
-        raise UserError("What was typed is not UTF-8.", "Set the terminal's encoding to UTF-8.") from None
