@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from graftlm.errors import NumericalStop, UserError
 from graftlm.model.tensors import source_of_model, streamed_logits
+from graftlm.release import gguf_file
 from graftlm.release.export import SAMPLES, export_gguf, sample_rows
 from graftlm.release.gguf_file import halved, interleaved, open_gguf, source_of_gguf
 from graftlm.release.gguf_vocabulary import pre_tokenizer_name
@@ -166,10 +167,29 @@ def test_eight_bits_are_near_and_llama_cpp_reads_them(sentencepiece: Tokenizer, 
     rows = sample_rows(SAMPLES, sentencepiece, CARD)
     spread = max(logits.std().item() for logits in streamed_logits(source, rows))
     assert 0 < manifest.max_logit_difference < spread / 2
+    assert 0 < manifest.mean_divergence < 0.1
+    assert 0 <= manifest.num_likeliest_changed < manifest.num_compared_tokens / 10
     theirs = llama_cpp.LlamaCpp(out / "small-q8_0.gguf", 256)
     loaded, _ = source_of_gguf(out / "small-q8_0.gguf", model.config, sentencepiece.num_pieces)
     (logits_TV,) = streamed_logits(loaded, rows[:1])
     assert theirs.say(rows[0], 1)["tokens"] == [logits_TV[-1].argmax().item()]
+
+
+def test_eight_bits_further_off_than_rounding_are_no_export(monkeypatch) -> None:
+    """N4: one number wrong in one block, beyond the bound that the form itself sets; denormal scales keep to it too."""
+    torch.manual_seed(1)
+    rows = (torch.randn(64, 64) * torch.logspace(-12, 4, 64)[:, None]).numpy()
+    quantize = gguf_file.gguf.quantize
+    assert gguf_file._eight_bits("w", rows).shape == quantize(rows, gguf_file.Kind.Q8_0).shape
+
+    def careless(rows, kind):
+        stored = quantize(rows, kind).copy()
+        stored[7, 2 + 5] += 1  # one step, of the sixth number behind the scale
+        return stored
+
+    monkeypatch.setattr(gguf_file.gguf, "quantize", careless)
+    with pytest.raises(AssertionError, match="w in 8 bits lies further"):
+        gguf_file._eight_bits("w", rows[-8:])
 
 
 def test_heads_are_reordered_and_back() -> None:

@@ -32,6 +32,12 @@ def export(
 
     written = export_run(run_folder, to, out, quantization)
     show(written, as_json)
+    if not as_json and written.dtype == "q8_0":
+        print(
+            "\nlossy   8 bits a weight, each checked to be as near as they allow. Of the "
+            f"{written.num_compared_tokens} places compared {written.num_likeliest_changed} have another likeliest "
+            "piece: answers may differ from the trained model's. f16 keeps them closer."
+        )
     if not as_json:
         print(f"\nload    {plain(how_to_load(to, written.folder, list(written.files)))}")
 
@@ -39,7 +45,7 @@ def export(
 def how_to_load(to: str, folder: str, files: list[str]) -> str:
     """A line to type for what was exported."""
     if to == "gguf":
-        return f"llama-cli -m {folder}/{next(name for name in files if name.endswith('.gguf'))}"
+        return f"llama-cli -m {folder}/{next(name for name in files if name.endswith('.gguf'))} --jinja -cnv --temp 0"
     if to == "adapter":
         base = f'AutoModelForCausalLM.from_pretrained("{folder}/base")'
         return f'PeftModel.from_pretrained({base}, "{folder}/adapter")'

@@ -10,7 +10,6 @@ Shapes: T tokens, V rows of the head.
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from graftlm.model.tensors import TensorSource, source_of_folder, streamed_logit
 from graftlm.model.weights import stored_tensors, tensor_sha256, write_folder
 from graftlm.release.gguf_file import Quantization, source_of_gguf, write_gguf
 from graftlm.release.gguf_vocabulary import add_vocabulary
+from graftlm.release.logit_distance import LogitDistance, distance_of
 from graftlm.run import disk_errors, say
 from graftlm.talk.generate import stop_ids_of
 from graftlm.text.dialogue import BUILT_IN, CARD, Conversation, Message, Template, render
@@ -59,17 +59,19 @@ Also = Callable[[Path], None]
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an export wrote: sha256 by file, and how far its re-loaded logits lie from the trained model's; `folder` is
-    where it lies once it is whole.
+    """What an export wrote: sha256 by file, and how far its re-loaded logits lie from the trained model's
+    (`LogitDistance`); `folder` is where it lies once it is whole.
 
-    With 16-bit weights the distance is that of rounding; that nothing else changed is checked tensor by
-    tensor.
+    With 16 or 8 bits the distance is that of rounding, which depends on the model and has no bound of its own; that
+    nothing but rounding changed is checked tensor by tensor.
     """
 
     files: dict[str, str]
     max_logit_difference: float
     dtype: str
     num_compared_tokens: int
+    mean_divergence: float
+    num_likeliest_changed: int
     folder: str = ""
 
 
@@ -108,10 +110,10 @@ def export_model(
     loaded = source_of_folder(out)
     stored = {name: tensor_sha256(tensor) for name, tensor in stored_tensors(out).items()}
     assert stored == digests, f"tensors changed on disk: {sorted(stored.items() ^ digests.items())[:1]}"
-    difference = largest_difference(streamed_logits(source, rows), streamed_logits(loaded, rows))
+    distance = distance_of(streamed_logits(source, rows), streamed_logits(loaded, rows))
     if dtype == torch.float32:
-        assert difference <= EXACT_TOLERANCE, f"the merged model's logits lie {difference} from the trained ones"
-    return Manifest(files, difference, str(dtype).removeprefix("torch."), sum(map(len, rows)))
+        assert distance.largest <= EXACT_TOLERANCE, f"merged logits lie {distance.largest} from the trained ones"
+    return _manifest(files, str(dtype).removeprefix("torch."), rows, distance)
 
 
 def export_adapter(
@@ -143,9 +145,9 @@ def export_adapter(
     _check_tokenizer(Path(out), tokenizer, template_jinja)
     loaded_base: Any = load_causal(base)
     loaded = load_adapter(loaded_base.to(plain_model(model).device), out)
-    difference = largest_difference(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
-    assert difference <= EXACT_TOLERANCE, f"the re-loaded adapter's logits lie {difference} from the trained ones"
-    return Manifest(files, difference, "float32", sum(map(len, rows)))
+    distance = distance_of(trained_logits, [_logits_TV(loaded, ids) for ids in rows])
+    assert distance.largest <= EXACT_TOLERANCE, f"the re-loaded adapter's logits lie {distance.largest} apart"
+    return _manifest(files, "float32", rows, distance)
 
 
 def export_gguf(
@@ -184,8 +186,13 @@ def export_gguf(
     loaded, stored = source_of_gguf(out / file, source.config, num_pieces)
     assert stored == digests, f"tensors changed on disk: {sorted(stored.items() ^ digests.items())[:1]}"
     trained = [logits_TV[:, :num_pieces] for logits_TV in streamed_logits(source, rows)]
-    difference = largest_difference(trained, streamed_logits(loaded, rows))
-    return Manifest(files, difference, quantization, sum(map(len, rows)))
+    return _manifest(files, quantization, rows, distance_of(trained, streamed_logits(loaded, rows)))
+
+
+def _manifest(files: dict[str, str], dtype: str, rows: Sequence[list[int]], distance: LogitDistance) -> Manifest:
+    return Manifest(
+        files, distance.largest, dtype, sum(map(len, rows)), distance.mean_divergence, distance.num_likeliest_changed
+    )
 
 
 def export_gguf_of_folder(folder: Path, out: Path, quantization: Quantization) -> Manifest:
@@ -248,13 +255,6 @@ def template_of(jinja: str) -> Template:
 def sample_rows(samples: Sequence[Conversation], tokenizer: Tokenizer, template: Template) -> list[list[int]]:
     """Rendered ids of each sample, cut where comparing them would take long."""
     return [render(sample, tokenizer, template).ids[:_MAX_COMPARED_TOKENS] for sample in samples]
-
-
-def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest distance of two logits."""
-    difference = max(((a - b).abs().max().item() for a, b in zip(expected, found, strict=True)), default=0.0)
-    assert math.isfinite(difference), "the exported model gives logits that are not finite"
-    return difference
 
 
 def _finished_config(source: TensorSource, tokenizer: Tokenizer, settings: GenerationConfig, dtype: torch.dtype) -> Any:
