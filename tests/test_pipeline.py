@@ -335,7 +335,7 @@ def test_a_finished_run_is_exported_both_ways_and_an_unfinished_one_is_not(
         assert manifest.folder == str(tmp_path / to)
         line = how_to_load(to, manifest.folder, list(manifest.files))
         if to == "gguf":
-            assert Path(line.removeprefix("llama-cli -m ")).is_file()
+            assert Path(line.removeprefix("llama-cli -m ").removesuffix(" --jinja -cnv --temp 0")).is_file()
         else:
             assert eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}).config
         with pytest.raises(UserError, match="already holds files"):
