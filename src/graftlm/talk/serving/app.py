@@ -25,7 +25,7 @@ from graftlm.talk.serving.complaints import complaint
 from graftlm.talk.serving.engine import Busy
 from graftlm.talk.serving.guard import Guard, error_body
 from graftlm.talk.serving.metrics import Metrics
-from graftlm.talk.serving.page import page_files, page_headers
+from graftlm.talk.serving.page import read_page
 from graftlm.talk.serving.prompting import Refused, Voice
 from graftlm.talk.serving.replies import Answers, Shape, usage_of
 from graftlm.talk.serving.requests import ChatRequest, CompletionRequest
@@ -108,14 +108,11 @@ def _add_routes(app: FastAPI, served: Mapping[str, Served], metrics: Metrics, en
         text = metrics.text({name: model.backend.figures() for name, model in served.items()})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    files = page_files()
-    headers = page_headers(files)
-    for route, file in files.items():
+    page = read_page()
 
-        def send_file(content: bytes = file.content, content_type: str = file.content_type) -> Response:
-            return Response(content, headers={**headers, "Content-Type": content_type})
-
-        app.add_route(route, lambda _, send=send_file: send(), methods=["GET"])
+    @app.get("/")
+    async def send_page() -> Response:
+        return Response(page.content, headers=page.headers)
 
 
 def _chosen(served: Mapping[str, Served], name: str | None) -> Served:

@@ -25,7 +25,7 @@ BODY_SECONDS = 30
 # A client that is refused while still sending would lose our answer to a reset; so long its bytes are thrown away.
 LINGER_SECONDS = 3
 OPEN_ROUTES = ("/health",)
-PAGE_ROUTES = ("/", "/app.js", "/app.css", "/icon.svg")
+PAGE_ROUTES = ("/",)
 QUIET_ROUTES = ("/health", "/metrics")
 
 Message = MutableMapping[str, Any]

@@ -1,7 +1,7 @@
-"""The page's files and the policy under which a browser shows them.
+"""The page as it is sent: one file, made of the rooms in `talk/web`, and the policy under which a browser shows it.
 
-Owns which files of `talk/web` are served and their headers. Does not know what the page does. Inline blocks of the
-page run by their hash, so the policy needs no 'unsafe-inline' and a model's words can never become code.
+Owns which files go into it and its headers. Does not know what the page does. Its blocks of script and style run by
+their hash and nothing else runs, so a model's words can never become code.
 """
 
 from __future__ import annotations
@@ -13,46 +13,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WEB = Path(__file__).parent.parent / "web"
-_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
 _INLINE = re.compile(r"<(script|style)(?:\s[^>]*)?>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class PageFile:
-    """One file as it is sent."""
+class Page:
+    """The page's bytes and the headers it is sent with."""
 
     content: bytes
-    content_type: str
+    headers: dict[str, str]
 
 
-def page_files(folder: Path = WEB) -> dict[str, PageFile]:
-    """The files that are there, by route."""
-    return {
-        route: PageFile((folder / name).read_bytes(), content_type)
-        for route, (name, content_type) in _FILES.items()
-        if (folder / name).is_file()
-    }
+def read_page(folder: Path = WEB) -> Page:
+    """The page in `folder`: index.html, with the styles, scripts and icon it names put in their places."""
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    icon = base64.b64encode(read("icon.svg").encode()).decode()
+    html = read("index.html").replace('href="icon.svg"', f'href="data:image/svg+xml;base64,{icon}"')
+    html = re.sub(r'<link rel="stylesheet" href="(\w+\.css)">', lambda named: f"<style>{read(named[1])}</style>", html)
+    html = re.sub(r'<script src="(\w+\.js)"></script>', lambda named: f"<script>\n{read(named[1])}</script>", html)
+    return Page(html.encode(), _headers(html))
 
 
-def page_headers(files: dict[str, PageFile]) -> dict[str, str]:
-    """Headers of every page file: the strictest policy under which the page works. Source: W3C CSP level 3."""
-    html = files["/"].content.decode() if "/" in files else ""
-    hashes: dict[str, list[str]] = {"script": ["'self'"], "style": ["'self'"]}
+def _headers(html: str) -> dict[str, str]:
+    """The strictest policy under which the page works. Source: W3C CSP level 3."""
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, block in _INLINE.findall(html):
-        if block.strip():
-            digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-            hashes[kind.lower()].append(f"'sha256-{digest}'")
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        hashes[kind.lower()].append(f"'sha256-{digest}'")
     policy = [
         "default-src 'none'", f"script-src {' '.join(hashes['script'])}", f"style-src {' '.join(hashes['style'])}",
-        "img-src 'self' data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+        "img-src data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
         "require-trusted-types-for 'script'", "trusted-types 'none'",
     ]  # fmt: skip
     return {
+        "Content-Type": "text/html; charset=utf-8",
         "Content-Security-Policy": "; ".join(policy),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

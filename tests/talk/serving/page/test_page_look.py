@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from graftlm.talk.serving.backend import AnswerFailed
-from graftlm.talk.serving.page import WEB
+from graftlm.talk.serving.page import WEB, read_page
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 LONG = "word " * 60 + "\n" + "x" * 300 + "\n\n```python\n" + "y = 1  # " + "z" * 200 + "\n    kept   spaces\n```\nend"
@@ -21,7 +21,7 @@ def words() -> dict[str, dict[str, str]]:
 def test_both_languages_have_every_word_and_no_other() -> None:
     told = words()
     assert told["en"].keys() == told["zh"].keys()
-    source = "".join((WEB / name).read_text(encoding="utf-8") for name in ("index.html", "app.js"))
+    source = read_page().content.decode()
     for key in told["en"]:
         stem = re.sub(r"(?<=^problem_).*|(?<=^theme_).*|(?<=^example_).*|(_hint)$", "", key)
         assert re.search(rf"""["`]{stem}""", source.replace(f'"{key}": "', "")), f"{key} is used nowhere"
