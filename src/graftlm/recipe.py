@@ -128,6 +128,7 @@ class Stage(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     loss_scale: LossScale = LossScale()
     gradient_checkpointing: StrictBool = False
+    frozen_base: Literal["exact", "int8", "nf4"] = "exact"
     heldout_every: Count | None = None
     early_stop_after: Count | None = None
     keep: Literal["best", "last"] = "best"
@@ -138,11 +139,15 @@ class Stage(Section):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-        """One warm-up; early stopping needs readings."""
+        """One warm-up; early stopping needs readings; a base that learns is exact."""
         if given["warmup_steps"] is not None and given["warmup_ratio"]:
             yield ("warmup_steps",), "warmup_ratio is given too: choose one"
         if given["early_stop_after"] is not None and given["heldout_every"] is None:
             yield ("early_stop_after",), "it counts held-out readings, and heldout_every is not given"
+        trains = values_of(given.get("trains"))
+        if given["frozen_base"] != "exact" and (trains.get("kind") == "full" or trains.get("dora")):
+            why = "all of it learns" if trains.get("kind") == "full" else "DoRA takes norms of exact matrices"
+            yield ("frozen_base",), f"{given['frozen_base']} is for a base that stays as it is, and here {why}"
 
 
 class Scratch(Section):

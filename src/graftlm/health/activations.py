@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from graftlm.model.frozen import FrozenBase
 from graftlm.model.packed import PackedLayout, make_layout
 from graftlm.model.shapes import Shape
 
@@ -25,7 +26,8 @@ INDEX = 8  # bytes of an index
 
 @dataclass(frozen=True, slots=True)
 class Learns:
-    """What of a model learns. `rows`: which rows of embedding and head; the LoRA fields count for `lora` only."""
+    """What of a model learns. `rows`: which rows of embedding and head; the LoRA fields count for `lora` only.
+    `frozen_base`: how matrices that do not learn are held."""
 
     kind: Literal["full", "lora", "new-rows"]
     rows: Literal["all", "new", "none"]
@@ -33,6 +35,7 @@ class Learns:
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
     is_dora: bool = False
+    frozen_base: FrozenBase = "exact"
 
     def needs_input(self, projection: str) -> bool:
         """Whether the gradient of a projection's weights, or of its adapter's, needs what went in."""

@@ -11,9 +11,11 @@ from dataclasses import replace
 from graftlm.health.activations import Learns
 from graftlm.health.devices import DEVICES, Device, precision_told
 from graftlm.health.finding import Finding
-from graftlm.health.memory import GIB
+from graftlm.health.memory import FROZEN, GIB
 from graftlm.health.plan import StagePlan, fits_at_all
+from graftlm.model.frozen import FrozenBase
 
+QUANTISED: tuple[FrozenBase, ...] = ("int8", "nf4")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LESS = {
     "{kind: lora}": Learns("lora", "all", 64, _PROJECTIONS),
@@ -98,7 +100,7 @@ def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
             f"{name} as it is needs {needed}, at its {plan.moment}.", f"It fits with {' '.join(plan.changes)}",
         )  # fmt: skip
     elif plan.micro_batch_tokens is None:
-        held = sum(plan.items.get(name, 0) for name in ("weights fp32", "frozen weights in 16 bits")) / GIB
+        held = sum(plan.items.get(name, 0) for name in ("weights fp32", *FROZEN.values())) / GIB
         yield Finding(
             "does-not-fit", "fatal", wish.place, None,
             f"{name} needs {needed}; not even one row fits. Its weights alone take {held:.1f} GiB.",
@@ -121,6 +123,11 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     fitting = [trains for trains, other in lighter.items() if fits_at_all(other, device)]
     if fitting:
         told.append(f"Here fits {wish.place}.trains={' or '.join(fitting)}.")
+    if wish.learns.kind != "full" and not wish.learns.is_dora:
+        narrower = {form: replace(wish, learns=replace(wish.learns, frozen_base=form)) for form in QUANTISED}
+        lossy = [form for form, other in narrower.items() if fits_at_all(other, device)]
+        if lossy:
+            told.append(f"Here fits {wish.place}.frozen_base={' or '.join(lossy)}, which is lossy.")
     return " ".join([*told, "Else take a smaller base."])
 
 

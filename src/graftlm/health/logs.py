@@ -1,8 +1,8 @@
 """Logs of training runs, ours and others', as one kind of record.
 
 Owns how a run's curves are read: our `metrics.jsonl`, HF Trainer's `trainer_state.json`, and CSV files of step and
-loss; pasted console logs are read in `console.py`. Does not judge what it reads (`curves.py`). A log reaches as far as it
-reaches: what it does not tell is None, never a guess.
+loss; pasted console logs are read in `console.py`. Does not judge what it reads (`curves.py`). A log reaches as far as
+it reaches: what it does not tell is None, never a guess.
 """
 
 from __future__ import annotations

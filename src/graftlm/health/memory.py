@@ -22,11 +22,17 @@ from graftlm.health.activations import (
     kept_once,
 )
 from graftlm.model.loss import chunk_rows
+from graftlm.model.quantised import BYTES_A_NUMBER
 from graftlm.model.shapes import Shape
 
 GIB = 2**30
 DOUBLE = 8  # bytes of a float64
-SHARDED = ("weights fp32", "frozen weights in 16 bits", "adapter fp32", "gradients fp32", "Adam's moments fp32")
+FROZEN = {
+    "exact": "frozen weights in 16 bits",
+    "int8": "frozen weights in 8 bits",
+    "nf4": "frozen weights in 4 bits",
+}
+SHARDED = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32")
 """Items of which full sharding leaves each device its part."""
 
 
@@ -86,22 +92,45 @@ class StageSize:
 
     @property
     def is_held_narrow(self) -> bool:
-        """Whether frozen matrices are held in the 16 bits they are multiplied in."""
-        return self.compute.is_mixed and self.learns.kind != "full"
+        """Whether frozen matrices are held in the 16 bits they are multiplied in, or in fewer."""
+        return self.learns.kind != "full" and (self.compute.is_mixed or self.is_quantised)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the layers' frozen matrices are held in 8 or 4 bits."""
+        return self.learns.frozen_base != "exact"
 
     @property
     def narrow_parameters(self) -> int:
         """Parameters of the frozen matrices held so: the layers', and a head whose rows do not learn."""
+        return self._narrow_of_layers + (self.matrix_bytes // WIDE if self.is_head_narrow else 0)
+
+    @property
+    def narrow_bytes(self) -> int:
+        """What those take as they are held; the head always in 16 bits."""
+        layers, form = self._narrow_of_layers, self.learns.frozen_base
+        a_number = self.compute.num_bytes if form == "exact" else BYTES_A_NUMBER[form]
+        return int(layers * a_number) + (self.narrow_parameters - layers) * self.compute.num_bytes
+
+    @property
+    def wide_again_bytes(self) -> int:
+        """The largest matrix made wide for a product, where it is held in 8 or 4 bits."""
+        largest = max(inner * outer for inner, outer in self.shape.projections.values())
+        return largest * self.compute.num_bytes if self.is_quantised else 0
+
+    @property
+    def _narrow_of_layers(self) -> int:
         if not self.is_held_narrow:
             return 0
         known, exact = self.shape.projections, self.learns.targets if self.learns.is_dora else ()
         layer = sum(inner * outer for name, (inner, outer) in known.items() if name not in exact)
-        return self.shape.num_layers * layer + (self.matrix_bytes // WIDE if self.is_head_narrow else 0)
+        return self.shape.num_layers * layer
 
     @property
     def is_head_narrow(self) -> bool:
         """Whether the head is one of them: its rows do not learn and no embedding shares it."""
-        return self.is_held_narrow and self.learns.rows == "none" and not self.shape.is_tied
+        is_frozen = self.learns.kind != "full" and self.learns.rows == "none"
+        return self.compute.is_mixed and is_frozen and not self.shape.is_tied
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -145,7 +174,7 @@ def _held(size: StageSize, gradients: int, has_moments: bool = True) -> dict[str
     wide = size.shape.num_parameters - (0 if size.compute.is_cpu else narrow)
     items = {
         "weights fp32": wide * WIDE,
-        "frozen weights in 16 bits": narrow * size.compute.num_bytes,
+        FROZEN[size.learns.frozen_base]: size.narrow_bytes,
         "adapter fp32": size.adapter_parameters * WIDE,
         "gradients fp32": gradients,
         "Adam's moments fp32": 2 * WIDE * size.learning_parameters if has_moments else 0,
@@ -239,14 +268,16 @@ def _backward_workspace(size: StageSize, number: int) -> int:
     width = (2 if size.learns.needs_input("down_proj") else 3) * shape.intermediate_size * b
     stream = shape.hidden_size * WIDE
     in_transit = max(i * o for i, o in shape.projections.values()) * b if size.compute.is_mixed else 0
-    return positions * (max(width, 5 * stream) + 2 * stream) + (in_transit if size.learns.kind == "full" else 0)
+    in_transit = in_transit if size.learns.kind == "full" else size.wide_again_bytes
+    return positions * (max(width, 5 * stream) + 2 * stream) + in_transit
 
 
 def _forward_workspace(size: StageSize) -> int:
     """What a layer makes on its way forward where nothing of it is kept."""
     shape = size.shape
     width = 3 * shape.intermediate_size * size.compute.num_bytes
-    return size.batch.num_tokens * (max(width, 4 * shape.hidden_size * WIDE) + 2 * shape.hidden_size * WIDE)
+    stream = shape.hidden_size * WIDE
+    return size.batch.num_tokens * (max(width, 4 * stream) + 2 * stream) + size.wide_again_bytes
 
 
 def _heldout(size: StageSize) -> Moment:
@@ -266,7 +297,7 @@ def _look(size: StageSize) -> Iterator[Moment]:
     wide = replace(size, compute=replace(size.compute, num_bytes=WIDE), batch=size.look, is_accumulating=False)
     held = _held(size, size.gradient_bytes, has_moments=False)
     for moment in _pass(wide):
-        passing = {name: num_bytes for name, num_bytes in moment.items.items() if not name.endswith(" fp32")}
+        passing = {name: num_bytes for name, num_bytes in moment.items.items() if name not in SHARDED}
         gradients = {"gradients fp32": moment.items.get("gradients fp32", 0)}
         yield Moment("look before the first step", held | gradients | passing)
     old_rows = (size.shape.num_rows - size.num_new_rows) * size.shape.hidden_size

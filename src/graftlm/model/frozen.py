@@ -2,19 +2,23 @@
 
 Owns the linear layers that stand in for frozen ones while a stage trains. Under autocast a float32 weight is rounded
 to 16 bits before each product; rounded once, every product is the same to the bit. A pass without autocast (the doctor
-takes some) multiplies the rounded weight in the input's own dtype. Does not know why a layer is frozen.
+takes some) multiplies the rounded weight in the input's own dtype. On demand the body's are held in 8 or 4 bits instead
+(`quantised.py`), which is lossy. Does not know why a layer is frozen.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from graftlm.model.causal import is_tied, plain_model, vocabulary_modules
+from graftlm.model.quantised import QuantisedLinear
+
+FrozenBase = Literal["exact", "int8", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +33,13 @@ class HeldLayers:
             setattr(parent, name, layer)
 
 
-def hold_frozen_as(model: nn.Module, dtype: torch.dtype) -> HeldLayers:
-    """Replace every frozen float32 linear layer by one that holds its weight as `dtype`.
+def hold_frozen_as(model: nn.Module, dtype: torch.dtype, base: FrozenBase = "exact") -> HeldLayers:
+    """Replace every frozen float32 linear layer by one that holds its weight as `dtype`, or the body's as `base` says.
 
     The layers themselves are kept, outside the model, for `restore`. Nothing is replaced for a `dtype` of 32 bits or
-    more, nor a head tied to the embedding, nor a layer under DoRA, whose norm is taken of the exact weight.
+    more and an exact base, nor a head tied to the embedding, nor a layer under DoRA, whose norm is taken of the exact
+    weight. Raises UserError where a base in 8 or 4 bits is asked for and cannot be had.
     """
-    if dtype.itemsize >= torch.float32.itemsize:
-        return HeldLayers(())
     head = vocabulary_modules(model)[1]
     tied_head = head if is_tied(model) else None
     found: list[tuple[nn.Module, str, nn.Linear]] = []
@@ -48,8 +51,13 @@ def hold_frozen_as(model: nn.Module, dtype: torch.dtype) -> HeldLayers:
                 continue
             if not any(p.requires_grad for p in layer.parameters()):
                 found.append((parent, name, layer))
+    if dtype.itemsize >= torch.float32.itemsize:
+        found = [(parent, name, layer) for parent, name, layer in found if base != "exact" and layer is not head]
     for parent, name, layer in found:
-        setattr(parent, name, _HeldLinear(layer, dtype))
+        if base == "exact" or layer is head:
+            setattr(parent, name, _HeldLinear(layer, dtype))
+        else:
+            setattr(parent, name, QuantisedLinear(layer, base))
     return HeldLayers(tuple(found))
 
 

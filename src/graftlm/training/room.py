@@ -32,8 +32,10 @@ def learns_of(stage: Stage) -> Learns:
     """What of the model a stage trains, in a plan's words."""
     trains = stage.trains
     if isinstance(trains, Lora):
-        return Learns("lora", trains.rows, trains.rank, trains.targets, trains.dropout, trains.dora)
-    return Learns("full", "all") if trains.kind == "full" else Learns("new-rows", "new")
+        return Learns("lora", trains.rows, trains.rank, trains.targets, trains.dropout, trains.dora, stage.frozen_base)
+    if trains.kind == "full":
+        return Learns("full", "all")
+    return Learns("new-rows", "new", frozen_base=stage.frozen_base)
 
 
 def wish_of(stage: Stage, place: str, shape: Shape, num_new_rows: int, rows: RowFacts) -> StageWish:

@@ -111,7 +111,7 @@ class StageRun:
         seed_everything(stage.seed)
         self.precision = make_precision(stage, device)
         self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
-        self.held = hold_frozen_as(self.model, self.precision.compute_dtype)
+        self.held = hold_frozen_as(self.model, self.precision.compute_dtype, stage.frozen_base)
         self.model.to(device)
         lay_rows_together(self.model)
         attend_packed(body_of(self.model))
@@ -170,7 +170,7 @@ class StageRun:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
         self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
         self.held.restore()
-        self.held = hold_frozen_as(self.model, self.precision.compute_dtype)
+        self.held = hold_frozen_as(self.model, self.precision.compute_dtype, self.stage.frozen_base)
         self.model.to(self.precision.device)
         copy_weights(self.model, saved.tensors["weights"])
         restore_optimizer(self.optimizer, trainable_parameters(self.model), saved.tensors["optimizer"])
