@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from graftlm.talk.generate import Answer, Chatbot, ask
 from graftlm.talk.sampling import Sampling
-from graftlm.talk.serving import engine as engine_file
+from graftlm.talk.serving import batch
 from graftlm.talk.serving.engine import Busy, Engine
 from graftlm.talk.serving.slots import rounded_places
 from graftlm.talk.serving.speech import Ask, Piece
@@ -117,7 +117,7 @@ def test_whoever_is_sent_back_for_want_of_memory_says_the_same(chatbot, run) -> 
 
 
 def test_long_prompts_are_read_in_parts(chatbot, run, monkeypatch) -> None:
-    monkeypatch.setattr(engine_file, "READ_TOKENS", 24)
+    monkeypatch.setattr(batch, "READ_TOKENS", 24)
     check_parity(chatbot, run(chatbot), DRAWN[:1])
 
 

@@ -1,8 +1,8 @@
 """Continuous batching: many answers at once from one model, joining and leaving at every step.
 
-Owns the thread in which the model runs, the bounded queue before it, who is in the batch, and the memory they may
-take. Does not know HTTP, chat formats or asyncio: pieces of answers are handed to a function. What a row says does
-not depend on which others share its batch.
+Owns the thread in which the model runs, the bounded queue before it, and what is said at each step. Does not know who
+lies where in memory (`batch`), HTTP, chat formats or asyncio: pieces of answers are handed to a function. What a row
+says does not depend on which others share its batch.
 
 A step: those who speak say one token each; those who joined read a part of their prompt, so that a long one holds
 nobody up for long. Speaking rows lie before reading ones in the slots. When memory ends, the row that joined last
@@ -16,12 +16,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from graftlm.talk.generate import Chatbot
 from graftlm.talk.sampling import Draw, draw_ids
+from graftlm.talk.serving.batch import Batch, Counts, Row, Sink, Ticket
 from graftlm.talk.serving.faults import tell_fault
 from graftlm.talk.serving.memory import cache_budget_tokens
 from graftlm.talk.serving.slots import Slots, rounded_places
@@ -29,12 +29,7 @@ from graftlm.talk.serving.speech import Ask, Finish, Piece, Said, Scored, Speech
 
 MAX_ROWS = 64
 MAX_WAITING = 128
-# Tokens of prompts read between two steps of those who speak, padding included.
-READ_TOKENS = 512
-# Fewer tokens in common are sooner computed than copied.
-LEAST_SHARED = 16
 
-Sink = Callable[[Piece | None], None]
 HandOut = Callable[[list[tuple[Sink, Piece | None]]], None]
 
 
@@ -44,45 +39,6 @@ class Busy(Exception):
     def __init__(self, retry_seconds: int) -> None:
         super().__init__(f"the queue is full, retry in {retry_seconds} s")
         self.retry_seconds = retry_seconds
-
-
-@dataclass(slots=True)
-class Ticket:
-    """The answers of one request; cancelled, they end within a step."""
-
-    is_cancelled: bool = False
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the engine has done so far."""
-
-    prompt_tokens: int = 0
-    prompt_tokens_shared: int = 0
-    answer_tokens: int = 0
-    steps: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    refused: int = 0
-    preempted: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One answer under way: its tokens, and how it draws and shows them."""
-
-    ask: Ask
-    index: int
-    ticket: Ticket
-    sink: Sink
-    draw: Draw
-    speech: Speech
-    ids: list[int]
-    said: list[int] = field(default_factory=list)
-    started: float = 0.0
-    is_reading: bool = True
-    order: int = 0
 
 
 class Engine:
@@ -99,13 +55,12 @@ class Engine:
         # One row must always fit, or nothing could ever be answered.
         least = rounded_places(chatbot.context_tokens)
         self.budget_tokens = max(least, budget_tokens or cache_budget_tokens(self._slots, max_rows * least))
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # in the order of their slots
+        self._batch = Batch(self._slots, max_rows, self.budget_tokens, self.counts)
+        self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
         self._events: list[tuple[Sink, Piece | None]] = []
         self._seconds_per_answer = 1.0
-        self._num_joined = 0
         self._thread = threading.Thread(target=self._run, name="graftlm-engine", daemon=True)
         self._hand_out: HandOut = _hand_out_here
 
@@ -122,7 +77,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Answers in the batch."""
-        return len(self._rows)
+        return len(self._batch.rows)
 
     @property
     def num_waiting(self) -> int:
@@ -144,7 +99,7 @@ class Engine:
                 raise Busy(min(60, math.ceil(turns * self._seconds_per_answer)))
             for index, ask in enumerate(asks):
                 speech = Speech(self.chatbot.tokenizer, ask.stop)
-                row = _Row(ask, index, ticket, sink, Draw(ask.sampling), speech, list(ask.prompt_ids))
+                row = Row(ask, index, ticket, sink, Draw(ask.sampling), speech, list(ask.prompt_ids))
                 row.started = time.monotonic()
                 self._waiting.append(row)
             self._changed.notify()
@@ -169,14 +124,14 @@ class Engine:
         self.chatbot.model.eval()
         while True:
             with self._changed:
-                while not (self._waiting or self._rows or self._is_closing):
+                while not (self._waiting or self._batch.rows or self._is_closing):
                     self._changed.wait()
                 if self._is_closing:
                     break
                 self._admit()
             self._step()
             self._send()
-        for row in (*self._rows, *self._waiting):
+        for row in (*self._batch.rows, *self._waiting):
             self._events.append((row.sink, None))
         self._send()
 
@@ -185,68 +140,30 @@ class Engine:
         if events:
             self._hand_out(events)
 
-    # ------------------------------------------------------------------------------------------ who is in the batch
-
     def _admit(self) -> None:
         """Let those who wait join while rows and memory last; drop whoever left."""
         for row in [row for row in self._waiting if row.ticket.is_cancelled]:
             self._waiting.remove(row)
             self.counts.cancelled += 1
-        for row in [row for row in self._rows if row.ticket.is_cancelled]:
-            self._leave(row)
+        for row in [row for row in self._batch.rows if row.ticket.is_cancelled]:
+            self._batch.leave(row)
             self.counts.cancelled += 1
-        while self._waiting and len(self._rows) < self._max_rows:
-            if self._tokens_of([*self._rows, self._waiting[0]]) > self.budget_tokens and self._rows:
-                break
-            row = self._waiting.popleft()
-            row.is_reading = True
-            self._num_joined += 1
-            row.order = self._num_joined
-            self._slots.join()
-            self._rows.append(row)
-
-    def _tokens_of(self, rows: Sequence[_Row]) -> int:
-        """Tokens of memory these rows take together: each as much as the longest, one more token included."""
-        return len(rows) * rounded_places(max(len(row.ids) for row in rows) + 1)
-
-    def _leave(self, row: _Row) -> None:
-        """Take a row out; others move so that speaking rows stay before reading ones, without a gap."""
-        hole, num_speaking = self._rows.index(row), self._num_speaking
-        moves = [num_speaking - 1, len(self._rows) - 1] if hole < num_speaking else [len(self._rows) - 1]
-        for source in moves:
-            if source != hole:
-                self._slots.move(source, hole)
-                self._rows[hole] = self._rows[source]
-            hole = source
-        self._slots.drop_last()
-        self._rows.pop()
-
-    @property
-    def _num_speaking(self) -> int:
-        return sum(not row.is_reading for row in self._rows)
-
-    def _make_room(self) -> None:
-        while len(self._rows) > 1 and self._tokens_of(self._rows) > self.budget_tokens:
-            row = max(self._rows, key=lambda row: row.order)
-            self._leave(row)
-            self.counts.preempted += 1
-            with self._changed:
-                self._waiting.appendleft(row)
-        if self._rows:
-            longest = max(len(row.ids) for row in self._rows)
-            self._slots.reserve(len(self._rows), longest, self.budget_tokens)
+        while self._waiting and self._batch.has_room_for(self._waiting[0]):
+            self._batch.join(self._waiting.popleft())
 
     # ------------------------------------------------------------------------------------------------------ a step
 
     def _step(self) -> None:
+        with self._changed:
+            self._waiting.extendleft(self._batch.put_out())
         try:
-            self._make_room()
+            self._batch.reserve()
         except Exception as error:  # memory the system promised and did not give
-            self._fail(list(self._rows), error)
+            self._fail(list(self._batch.rows), error)
             self._slots.clear()
             return
-        speaking = self._rows[: self._num_speaking]
-        reading = self._readers(self._rows[len(speaking) :])
+        speaking = self._batch.rows[: self._batch.num_speaking]
+        reading = self._batch.readers()
         self.counts.steps += 1
         # Readers first: their slots lie behind, and whoever leaves while speaking would move them.
         for rows, first in ((reading, len(speaking)), (speaking, 0)):
@@ -256,48 +173,11 @@ class Engine:
                 except Exception as error:  # whatever a model may raise: the others' answers go on
                     self._fail(rows, error)
 
-    def _readers(self, rows: list[_Row]) -> list[_Row]:
-        """Who reads in this step: one with a long prompt, a part of it, or several with short ones, all of them."""
-        chosen: list[_Row] = []
-        most = max((len(row.ids) for row in self._rows), default=0)  # places that are there
-        longest = last_start = 0
-        for slot, row in enumerate(rows, start=self._num_speaking):
-            if self._slots.length(slot) == 0 and not self._begin(slot, row, chosen):
-                break
-            start = self._slots.length(slot)
-            longest, last_start = max(longest, len(row.ids) - start), max(last_start, start)
-            if chosen and (longest * (len(chosen) + 1) > READ_TOKENS or last_start + longest > most):
-                break
-            chosen.append(row)
-            if longest > READ_TOKENS:
-                break
-        return chosen
-
-    def _begin(self, slot: int, row: _Row, chosen: list[_Row]) -> bool:
-        """Take over what others have read of the same words: a template's frame, a prompt of several choices.
-
-        False: more of it is about to be read in this very step; better wait for that.
-        """
-        most = len(row.ids) - 1  # the last token must be read, for what follows it
-        soon = max((_num_shared(row.ids, other.ids, most) for other in chosen), default=0)
-        now, source = 0, slot
-        for place, other in enumerate(self._rows):
-            shared = _num_shared(row.ids, other.ids, min(most, self._slots.length(place)))
-            if shared > now:
-                now, source = shared, place
-        if soon >= now + LEAST_SHARED:
-            return False
-        if now >= LEAST_SHARED:
-            self._slots.begin_like(slot, source, now)
-            self.counts.prompt_tokens_shared += now
-        return True
-
-    def _go_on(self, rows: list[_Row], first: int) -> None:
+    def _go_on(self, rows: list[Row], first: int) -> None:
         """Let rows of neighbouring slots read what they have not read; those with nothing left say a token."""
-        starts = [self._slots.length(slot) for slot in range(first, first + len(rows))]
-        parts = [row.ids[start : start + READ_TOKENS] for row, start in zip(rows, starts, strict=True)]
+        parts, is_whole = self._batch.unread(rows, first)
         logits_BV = self._slots.forward(first, parts)
-        if starts[-1] + len(parts[-1]) < len(rows[-1].ids):
+        if not is_whole:
             return  # a long prompt, alone: more of it in the next step
         logits_BV.index_fill_(1, self.chatbot.forbidden_ids, -torch.inf)
         is_sound_B = logits_BV.amax(-1).isfinite()
@@ -312,21 +192,21 @@ class Engine:
             row.is_reading = False
         self._say(rows, logits_BV)
 
-    def _refuse(self, rows: list[_Row]) -> None:
+    def _refuse(self, rows: list[Row]) -> None:
         """The model gave no numbers for these rows. What they left in memory must not reach others: 0 x NaN is NaN."""
         for row in rows:
-            self._slots.wipe(self._rows.index(row))
+            self._slots.wipe(self._batch.rows.index(row))
         self._fail(rows, ArithmeticError())
 
-    def _fail(self, rows: list[_Row], error: Exception) -> None:
+    def _fail(self, rows: list[Row], error: Exception) -> None:
         tell_fault("An answer", error)
         for row in rows:
-            if row in self._rows:
+            if row in self._batch.rows:
                 self.counts.failed += 1
                 self._events.append((row.sink, None))
-                self._leave(row)
+                self._batch.leave(row)
 
-    def _say(self, rows: list[_Row], logits_BV: torch.Tensor) -> None:
+    def _say(self, rows: list[Row], logits_BV: torch.Tensor) -> None:
         scored = [place for place, row in enumerate(rows) if row.ask.num_top is not None]
         # Before penalties and temperature: what the model itself thinks.
         logprobs_NV = logits_BV[scored].float().log_softmax(-1) if scored else None
@@ -337,7 +217,7 @@ class Engine:
                 said = self._scored(token_id, logprobs_NV[scored.index(place)], row.ask.num_top)
             self._take(row, token_id, said)
 
-    def _take(self, row: _Row, token_id: int, said: Said | None) -> None:
+    def _take(self, row: Row, token_id: int, said: Said | None) -> None:
         if token_id in self.chatbot.stop_ids:
             self._finish(row, "stop", *row.speech.rest())
             return
@@ -353,9 +233,9 @@ class Engine:
         elif text or tokens:
             self._events.append((row.sink, Piece(row.index, text, len(row.said), None, tokens)))
 
-    def _finish(self, row: _Row, finish: Finish, text: str, tokens: tuple[Said, ...]) -> None:
+    def _finish(self, row: Row, finish: Finish, text: str, tokens: tuple[Said, ...]) -> None:
         self._events.append((row.sink, Piece(row.index, text, len(row.said), finish, tokens)))
-        self._leave(row)
+        self._batch.leave(row)
         self.counts.finished += 1
         seconds = time.monotonic() - row.started
         self._seconds_per_answer += 0.1 * (seconds - self._seconds_per_answer)
@@ -372,15 +252,3 @@ class Engine:
 def _hand_out_here(events: list[tuple[Sink, Piece | None]]) -> None:
     for sink, piece in events:
         sink(piece)
-
-
-def _num_shared(ids: list[int], others: list[int], most: int) -> int:
-    """How many of the first `most` tokens are the same, found by halving."""
-    low, high = 0, min(most, len(ids), len(others))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if ids[low:middle] == others[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
