@@ -14,7 +14,7 @@ from graftlm.talk.generate import ask
 from graftlm.talk.sampling import Sampling
 from graftlm.talk.serving.prompting import Voice
 from graftlm.talk.serving.requests import ChatRequest
-from graftlm.text.dialogue import CARD, Conversation, Message, render
+from graftlm.text.dialogue import CARD, Conversation, Message, Template, render
 
 
 def user(text: str) -> list[Any]:
@@ -25,6 +25,7 @@ def test_models_are_listed(server) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["tiny", "parrot"]
     assert client.models.retrieve("tiny").max_model_len == 512
+    assert client.models.retrieve("tiny").takes_system is True
     with pytest.raises(NotFoundError, match="served: tiny, parrot"):
         client.models.retrieve("other")
 
@@ -269,6 +270,16 @@ def test_prompts_are_those_of_the_saved_chat_template(tokenizer, tmp_path) -> No
             assert asked == found
             turns = tuple(Message(m["role"], m["content"]) for m in whole)
             assert asked == render(Conversation(turns), tokenizer, CARD, for_reply=True).ids
+
+
+@pytest.mark.parametrize(
+    ("start", "takes"),
+    [("", False), ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", False),
+     ("{{ messages[0].content if messages[0].role == 'system' }}", True)],
+)  # fmt: skip
+def test_a_template_that_refuses_or_swallows_a_system_message_has_no_place_for_one(tokenizer, start, takes) -> None:
+    template = Template("own", start + "{{ messages[-1].content }}", "last")
+    assert Voice(tokenizer, template, 512).takes_system is takes
 
 
 def test_what_clients_send_back_is_taken(server) -> None:

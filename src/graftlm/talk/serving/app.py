@@ -129,7 +129,7 @@ def _chosen(served: Mapping[str, Served], name: str | None) -> Served:
 def _described(model: Served) -> dict[str, Any]:
     return {
         "id": model.name, "object": "model", "created": model.created, "owned_by": "graftlm",
-        "max_model_len": model.voice.context_tokens,
+        "max_model_len": model.voice.context_tokens, "takes_system": model.voice.takes_system,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from graftlm.errors import UserError
 from graftlm.talk.prompts import conversation_of
 from graftlm.talk.serving.requests import ChatRequest, CompletionRequest
 from graftlm.talk.serving.speech import Ask
-from graftlm.text.dialogue import Template, TemplateRefused, render
+from graftlm.text.dialogue import Conversation, Message, Template, TemplateRefused, render
 from graftlm.text.tokenizer import Tokenizer
 
 
@@ -37,6 +37,17 @@ class Voice:
     def _longest_piece_bytes(self) -> int:
         spell = self.tokenizer.token_bytes
         return max(len(spell(piece_id)) for piece_id in self.tokenizer.piece_ids)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system message: it neither refuses nor swallows one."""
+        question = Message("user", "a")
+        talks = (Conversation((question,)), Conversation((Message("system", "b"), question)))
+        try:
+            bare, led = (render(talk, self.tokenizer, self.template, for_reply=True).ids for talk in talks)
+        except (TemplateRefused, UserError):
+            return False
+        return led != bare
 
     def asks_of_chat(self, request: ChatRequest) -> list[Ask]:
         """One ask a choice. Raises Refused."""

@@ -55,6 +55,8 @@ function grow(field) {
 
 function fillSettings() {
   $("p-system").value = talk.system;
+  $("system").hidden = !modelsAsked().some(takesSystem);
+  $("system").open = Boolean(talk.system.trim());
   $("key").value = keptByTab?.getItem(KEY) ?? $("key").value;
   for (const name of Object.keys(DEFAULTS)) $(`p-${name}`).value = settings[name] ?? "", takeSetting(name);
 }

@@ -59,13 +59,16 @@ async function loadModels() {
   showModels();
 }
 
+// Whether a model's template has a place for a system message; a server that does not tell is believed to have one.
+const takesSystem = (id) => models.find((model) => model.id === id)?.takes_system !== false;
+
 function modelsAsked() {
   if (models.length > 1 && settings.model === BOTH) return models.map((model) => model.id);
   return [settings.model];
 }
 
 function messagesFor(asked, turn, model) {
-  const messages = asked.system.trim() ? [{ role: "system", content: asked.system }] : [];
+  const messages = asked.system.trim() && takesSystem(model) ? [{ role: "system", content: asked.system }] : [];
   for (const past of asked.turns.slice(asked.from, asked.turns.indexOf(turn))) {
     const said = past.answers.filter((answer) => answer.content);
     const answer = said.find((one) => one.model === model) ?? said[0];

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from graftlm.talk.generate import ask
 from graftlm.talk.prompts import load_conversation
 from graftlm.talk.serving.backend import AnswerFailed
 from graftlm.talk.serving.engine import Busy
-from graftlm.text.dialogue import CARD, render
+from graftlm.talk.serving.prompting import Voice
+from graftlm.text.dialogue import CARD, Template, render
 
 
 def answers(page: Any) -> list[str]:
@@ -134,6 +136,8 @@ def test_parameters_and_system_message_reach_the_model(visit, speaker, prompts, 
     model = speaker()
     page = visit(model)
     page.get_by_role("button", name="Settings").click()
+    assert page.get_by_label("System message", exact=True).is_hidden()  # until asked for
+    page.locator("#system summary").click()
     given = {"Temperature": "0", "Top-p": "0.5", "Top-k": "7", "Repetition penalty": "1.25", "Seed": "42"}
     for name, value in {**given, "Longest answer, in tokens": "9", "System message": "Be kind."}.items():
         page.get_by_label(name, exact=True).fill(value)
@@ -147,6 +151,33 @@ def test_parameters_and_system_message_reach_the_model(visit, speaker, prompts, 
     assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0, 0.5, 7)
     assert (drawn.repetition_penalty, drawn.max_new_tokens, drawn.seed) == (1.25, 9, 42)
     assert "Be kind.\n\nBelow is an instruction" in prompts(model)[0]
+
+
+def test_a_system_message_is_offered_where_the_template_has_a_place_for_it(visit, speaker, prompts, send) -> None:
+    """One kept from before is then not sent either: it would be refused."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    plain = Template("plain", refusing + "{{ messages[-1].content }}{{ eos_token }}", "last")
+    model, other = speaker(name="plain"), speaker(name="other")
+    model = replace(model, voice=Voice(model.voice.tokenizer, plain, 4096))
+    page = visit(model, other)
+    page.get_by_label("Model").select_option("other")
+    page.get_by_role("button", name="Settings").click()
+    page.locator("#system summary").click()
+    page.get_by_label("System message", exact=True).fill("Be kind.")
+    page.keyboard.press("Escape")
+    page.get_by_label("Model").select_option("plain")
+    page.get_by_role("button", name="Settings").click()
+    assert page.locator("#system").is_hidden()
+    page.keyboard.press("Escape")
+    send(page, "hi")
+    page.get_by_label("Model").select_option("other")
+    page.get_by_role("button", name="Settings").click()
+    assert page.get_by_label("System message", exact=True).input_value() == "Be kind."
+    page.keyboard.press("Escape")
+    send(page, "and?")
+    assert answers(page) == ["ok", "ok"]
+    assert "Be kind." not in prompts(model)[0]
+    assert "Be kind." in prompts(other)[0]
 
 
 def test_two_models_answer_side_by_side(visit, speaker, prompts, send) -> None:
