@@ -129,7 +129,7 @@ class RowsBuilder:
 
     def add(self, row: Rendered, source: str) -> None:
         """Append one row; `source` is its "file:line"."""
-        self._ids.extend(row.ids)
+        self._ids.extend(array(self._ids.typecode, row.ids))  # half the time of extending by the list itself
         self._is_target.extend(row.is_target)
         self._offsets.append(len(self._ids))
         self._target_bytes.append(row.num_target_bytes)
