@@ -193,10 +193,12 @@ def test_chat_once_prints_an_answer_or_one_object(run: Run, base: Path) -> None:
 
 
 def test_sampling_flags_reach_the_draw(run: Run, base: Path) -> None:
-    flags = ("chat", base, "--once", "hello", "--max-tokens", "12", "--temperature", "3")
+    flags = ("chat", base, "--once", "hello", "--max-tokens", "12", "--temperature", "2")
     answers = {run(*flags, "--seed", str(seed))[1] for seed in (1, 2, 3)}
     assert len(answers) == 3
-    assert len({run(*flags, "--seed", str(seed), "--top-k", "1")[1] for seed in (1, 2)}) == 1
+    for cut in (("--top-k", "1"), ("--top-p", "0")):
+        assert len({run(*flags, "--seed", str(seed), *cut)[1] for seed in (1, 2)}) == 1
+    assert run("chat", base, "--once", "hello", "--temperature", "2.5")[0] == 2
 
 
 def test_generate_and_eval_print_one_object(run: Run, base: Path, tmp_path: Path) -> None:
