@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from graftlm.model.packed import attend_packed, make_layout
+from graftlm.errors import UserError
+from graftlm.model.packed import attend_packed, make_layout, refuse_longer_rows
 
 LENGTHS = [5, 1, 9, 4, 9, 2]
 
@@ -98,3 +99,14 @@ def test_groups_cover_every_token_once_with_little_padding() -> None:
     assert torch.equal(flat.sort().values, torch.arange(sum(lengths)))
     padded = sum(group.gather_BL.numel() for group in layout.groups)
     assert padded <= sum(lengths) / 0.8
+
+
+def test_rows_longer_than_a_sliding_window_are_refused() -> None:
+    """Mistral's first model looks 4,096 tokens back, and packed rows know of no window."""
+    model = body(4)
+    refuse_longer_rows(model, 10**6)
+    model.config.sliding_window = 8
+    refuse_longer_rows(model, 8)
+    with pytest.raises(UserError, match="reaches 8 back") as told:
+        refuse_longer_rows(model, 9)
+    assert "data.max_tokens=8" in told.value.fix

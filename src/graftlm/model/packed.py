@@ -27,6 +27,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from graftlm.errors import UserError
+
 PACKED = "graftlm_packed"
 MAX_PADDING_SHARE = 0.2
 
@@ -212,6 +214,20 @@ def attend_packed(model: PreTrainedModel) -> None:
     """Make `model` attend over packed rows; its forward then needs `layout=`."""
     AttentionInterface.register(PACKED, packed_attention)
     model.set_attn_implementation(PACKED)
+
+
+def refuse_longer_rows(model: PreTrainedModel, longest: int) -> None:
+    """Raise UserError where a row of `longest` tokens passes the model's sliding window, which packed rows ignore.
+
+    Up to its length a window hides nothing, so that attention without one is the same.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and longest > window:
+        raise UserError(
+            f"A row has {longest:,} tokens, and the model's attention reaches {window:,} back (sliding_window): rows "
+            "longer than that cannot be trained on.",
+            f"Set data.max_tokens={window} or less.",
+        )
 
 
 def attend_plain(model: PreTrainedModel) -> None:

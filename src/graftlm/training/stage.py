@@ -28,7 +28,7 @@ from graftlm.health.incident import Incident
 from graftlm.health.preflight import Look, preflight
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
-from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say, write_json
@@ -233,6 +233,7 @@ class StageRun:
 
     def _look_before_the_first_step(self) -> None:
         """Raises NumericalStop on a fatal finding, UserError on one of memory, unless the stage wants no doctor."""
+        refuse_longer_rows(body_of(self.model), int(self.steps.rows.lengths.max(initial=0)))
         tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
         if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
             raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
