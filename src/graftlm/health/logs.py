@@ -79,7 +79,8 @@ def read_metrics_log(path: Path) -> RunLog:
         for line in own:
             _add_line(log, line)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no metrics.jsonl of graftlm: {error!r}.", "Give the file as it was.") from None
+        what = f"a line has no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is no metrics.jsonl of graftlm: {what}.", "Give the file as it was.") from None
     return log
 
 
