@@ -4,8 +4,8 @@ Owns the rules by which a curve is called a storm, a ratchet, a divergence or da
 files. What only a replay can tell (which layer, which row) lies in the autopsy.
 
 The thresholds come from four published runs of the card's author (three of about 11,715 steps, one of 100; healthy): at
-most 7 overflows came in a row, and a scale that fell from 65,536 to 1 in 41 steps came to rest and trained on. When a rise is an alarm is
-told in `rise.py`.
+most 7 overflows came in a row, and a scale that fell from 65,536 to 1 in 41 steps came to rest and trained on. When a
+rise is an alarm is told in `rise.py`.
 """
 
 from __future__ import annotations
