@@ -49,11 +49,16 @@ def call(
     """One verb on the folder, in this process: exit code, standard output, lines of standard error."""
     asked = out / "asked.jsonl"
     asked.write_text('{"prompt": "hi"}\n')
+    heldout = out / "heldout.jsonl"
+    heldout.write_text('{"instruction": "hi", "output": "hello"}\n')
     arguments = {
         "export": ["export", folder, "--to", "gguf", "--out", out / "made"],
         "chat": ["chat", folder, "--once", "hi", "--max-tokens", "2"],
         "generate": ["generate", folder, "--input", asked, "--output", out / "made", "--max-tokens", "2"],
         "expand": ["expand", "--model", folder, "--tokenizer", folder, "--out", out / "made"],
+        "eval": ["eval", folder, "--data", heldout],
+        "compare": ["compare", folder, f"{folder}/", "--data", heldout, "--out", out / "made.html"],
+        "serve": ["serve", folder, "--port", "0"],
     }[verb]
     monkeypatch.setattr(sys, "argv", ["graftlm", *map(str, arguments)])
     capsys.readouterr()
@@ -173,6 +178,29 @@ def test_every_verb_refuses_it_in_two_lines(
     assert (code, out) == (2, "")
     assert told in lines[-2]
     assert len(lines) - sum("is not run" in line for line in lines) == 2
+    assert not list(tmp_path.glob("*made*"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "template", "told"),
+    [
+        *((verb, '{{ "".__class__.__mro__ }}', "__class__") for verb in (*VERBS[:3], "eval", "compare", "serve")),
+        ("chat", "{% for i in range(10**9) %}x{% endfor %}", "too big"),
+        ("chat", '{{ raise_exception("\x1b[31mno") }}', "user, assistant:  [31mno."),
+    ],
+)
+def test_a_template_the_sandbox_refuses_is_told_in_two_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    verb: str, template: str, told: str,
+) -> None:  # fmt: skip
+    """C7: by every verb that renders, before a weight is read; and its words move no cursor."""
+    forget_manifest(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    code, out, lines = call(verb, folder, tmp_path, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert "chat template does not take" in lines[-2]
+    assert told in lines[-2]
+    assert len(lines) - sum(line.startswith(("Loading", "compare:")) for line in lines) == 2
     assert not list(tmp_path.glob("*made*"))
 
 

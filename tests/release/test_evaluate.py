@@ -16,7 +16,7 @@ from graftlm.release.evaluate import Candidate, evaluate_files, read_data
 from graftlm.release.intervals import difference_interval, ratio_interval, resampled_sums, share_interval
 from graftlm.release.tasks import answer_task, choose, read_task
 from graftlm.release.tasks_export import export_tasks
-from graftlm.text.dialogue import Conversation, Message, render
+from graftlm.text.dialogue import Conversation, Message, Template, render
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,15 @@ def test_choices_are_scored_by_their_words_alone(model: Path, tmp_path: Path) ->
     assert (told["num_questions"], told["num_left_out"]) == (6, 1)
     assert told["per_byte_interval"][0] <= told["per_byte"] <= told["per_byte_interval"][1]
     assert evaluate_files(str(model), [str(path)])[str(path)] == told
+
+
+def test_a_question_the_template_refuses_is_left_out(model: Path, tmp_path: Path) -> None:
+    rows = [{"question": question, "choices": ["one", "two"], "index": 0} for question in ("hello", "no")]
+    task = read_task(write_rows(tmp_path / "choices.jsonl", rows))
+    strict = "{% if 'no' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    template = Template("strict", strict + "{% for m in messages %}{{ m.content }}</s>{% endfor %}", "all")
+    one = Candidate(str(model))
+    assert choose(one.model, one.tokenizer, template, task, one.device).is_asked.tolist() == [True, False]
 
 
 def test_exact_answers_are_those_that_are_equal(model: Path, tmp_path: Path) -> None:

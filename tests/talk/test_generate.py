@@ -128,6 +128,16 @@ def test_a_question_beyond_the_context_is_refused_with_both_numbers(speaking) ->
     bot.prompt(question, Sampling(max_new_tokens=4))
 
 
+def test_a_conversation_the_template_refuses_is_told(speaking, tokenizer) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    template = Template("strict", strict + "{% for m in messages %}{{ m.content }}</s>{% endfor %}", "all")
+    bot = Chatbot(speaking([5]).model, tokenizer, template)
+    led = Conversation((Message("system", "Be kind."), Message("user", "hi")))
+    with pytest.raises(UserError, match="does not take messages of system, user: no system here") as error:
+        bot.answer(led)
+    assert error.value.fix.startswith("Leave out what it refuses")
+
+
 def test_generation_ends_where_the_context_ends(chatbot, monkeypatch) -> None:
     prompt = chatbot.prompt(ask("hello"), Sampling()).ids
     monkeypatch.setattr(chatbot, "context_tokens", len(prompt) + 5)

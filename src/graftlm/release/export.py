@@ -40,7 +40,7 @@ from graftlm.release.gguf_vocabulary import add_vocabulary
 from graftlm.release.logit_distance import LogitDistance, distance_of
 from graftlm.run import disk_errors, say
 from graftlm.talk.generate import stop_ids_of
-from graftlm.text.dialogue import BUILT_IN, CARD, Conversation, Message, Template, render
+from graftlm.text.dialogue import BUILT_IN, CARD, Conversation, Message, Template, render_or_tell
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
 # Merged = adapter within 1e-4 (N4) holds for weights stored as they were trained.
@@ -253,8 +253,8 @@ def template_of(jinja: str) -> Template:
 
 
 def sample_rows(samples: Sequence[Conversation], tokenizer: Tokenizer, template: Template) -> list[list[int]]:
-    """Rendered ids of each sample, cut where comparing them would take long."""
-    return [render(sample, tokenizer, template).ids[:_MAX_COMPARED_TOKENS] for sample in samples]
+    """Rendered ids of each sample, cut where comparing them would take long. Raises UserError."""
+    return [render_or_tell(sample, tokenizer, template).ids[:_MAX_COMPARED_TOKENS] for sample in samples]
 
 
 def _finished_config(source: TensorSource, tokenizer: Tokenizer, settings: GenerationConfig, dtype: torch.dtype) -> Any:

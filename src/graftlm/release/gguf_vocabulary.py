@@ -15,7 +15,7 @@ from gguf import GGUFWriter, TokenType
 
 from graftlm.errors import UserError
 from graftlm.run import say
-from graftlm.text.dialogue import Conversation, Message, Template, render
+from graftlm.text.dialogue import Conversation, Message, Template, render_or_tell
 from graftlm.text.tokenizer import Tokenizer
 from graftlm.text.tokenizer.engines import FastEngine
 from graftlm.text.tokenizer.ranks import WORD_PATTERN
@@ -52,7 +52,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, template: Template,
         if end != tokenizer.eos_id:
             writer.add_eot_token_id(end)
     # As the template begins: a model that never saw the token in front of a prompt must not see it now.
-    asked = render(Conversation((Message("user", "a"),)), tokenizer, template, for_reply=True)
+    asked = render_or_tell(Conversation((Message("user", "a"),)), tokenizer, template, for_reply=True)
     writer.add_add_bos_token(tokenizer.bos_id is not None and asked.ids[:1] == [tokenizer.bos_id])
     writer.add_add_eos_token(False)
     writer.add_chat_template(template.jinja)

@@ -25,7 +25,7 @@ from graftlm.release.intervals import share_interval
 from graftlm.run import progress
 from graftlm.talk.generate import Chatbot
 from graftlm.talk.sampling import Sampling
-from graftlm.text.dialogue import Conversation, Message, Rendered, render
+from graftlm.text.dialogue import Conversation, Message, Rendered, TemplateRefused, render
 from graftlm.text.files import open_files
 from graftlm.text.lines import Row
 from graftlm.text.rows import RowsBuilder
@@ -60,8 +60,9 @@ class Task:
 class TaskResult:
     """What a model made of a task: right or wrong by question (Q,), and which were asked at all (Q,).
 
-    A question that does not fit the model's context is not asked. `rights` has `exact`, or `per_byte` and `per_token`:
-    the choice of the greatest log-likelihood per byte of its text, and per token. `answers` holds what was said.
+    A question that does not fit the model's context, or that its template refuses, is not asked. `rights` has `exact`,
+    or `per_byte` and `per_token`: the choice of the greatest log-likelihood per byte of its text, and per token.
+    `answers` holds what was said.
     """
 
     kind: str
@@ -158,8 +159,11 @@ def choose(
     is_asked = np.ones(len(task.questions), dtype=bool)
     places: list[tuple[int, int]] = []
     for place, one in enumerate(task.questions):
-        rows = [_without_end(_answered(one.question, choice), tokenizer, template) for choice in one.choices]
-        if any(len(row.ids) > model.config.max_position_embeddings for row in rows):
+        try:
+            rows = [_without_end(_answered(one.question, choice), tokenizer, template) for choice in one.choices]
+        except TemplateRefused:
+            rows = []
+        if not rows or any(len(row.ids) > model.config.max_position_embeddings for row in rows):
             is_asked[place] = False
             continue
         for number, row in enumerate(rows):

@@ -24,7 +24,7 @@ from graftlm.model.causal import check_ids, empty_causal, find_model, head_weigh
 from graftlm.run import DONE, RECIPE, ProgressShown, say
 from graftlm.talk.layout import lay_out_for_talking
 from graftlm.talk.sampling import GREEDY, Draw, Sampling, draw_ids
-from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render
+from graftlm.text.dialogue import CARD, Conversation, Message, Template, find_template, render_or_tell
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
 # What one batch may hold, prompts and room for answers together: 8 GiB of keys and values at 7B.
@@ -126,12 +126,13 @@ class Chatbot:
         """Render for a reply; while it does not fit the context, the oldest turn goes, whole.
 
         A system message stays. Room is kept for the answer: `max_new_tokens`, or a quarter of the context if that
-        is less. Raises UserError with both numbers when the last question alone does not fit.
+        is less. Raises UserError with both numbers when the last question alone does not fit, and with the template's
+        reason when it does not take the conversation.
         """
         room = self.context_tokens - min(sampling.max_new_tokens, self.context_tokens // 4)
         num_dropped = 0
         while True:
-            ids = render(conversation, self.tokenizer, self.template, for_reply=True).ids
+            ids = render_or_tell(conversation, self.tokenizer, self.template, for_reply=True).ids
             if len(ids) <= room:
                 return Prompt(ids, num_dropped)
             shorter = _without_oldest_turn(conversation)
@@ -280,11 +281,9 @@ def find_speaker(path_or_hub_id: str | Path, template: str | None = None) -> tup
     check_ids(empty_causal(folder), tokenizer.num_pieces)
     if template is None and not tokenizer.chat_template:
         say(f"{folder} carries no chat template: the card's is used.")
-    return (
-        folder,
-        tokenizer,
-        find_template(template or ("tokenizer" if tokenizer.chat_template else CARD.name), tokenizer),
-    )
+    chosen = find_template(template or ("tokenizer" if tokenizer.chat_template else CARD.name), tokenizer)
+    stop_ids_of(tokenizer, chosen)  # a template of no use is told before any weight is read
+    return folder, tokenizer, chosen
 
 
 def model_of_run(path: str | Path) -> str | Path:
@@ -308,8 +307,11 @@ def model_of_run(path: str | Path) -> str | Path:
 
 
 def stop_ids_of(tokenizer: Tokenizer, template: Template) -> frozenset[int]:
-    """The tokens that end an answer: eos, and what the template puts behind one; not every chat format takes eos."""
-    rendered = render(Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer, template)
+    """The tokens that end an answer: eos, and what the template puts behind one; not every chat format takes eos.
+
+    Raises UserError for a template that takes no question and answer, or never ends one.
+    """
+    rendered = render_or_tell(Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer, template)
     targets = [token_id for token_id, is_target in zip(rendered.ids, rendered.is_target, strict=True) if is_target]
     return frozenset({tokenizer.eos_id, *(set(targets[-1:]) & tokenizer.special_ids)})
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALPACA", "BUILT_IN", "CARD", "Conversation", "Message", "Rendered", "Segment", "Template", "TemplateRefused",
-    "find_template", "render", "render_many", "render_text", "rows_of", "segments_of",
+    "find_template", "render", "render_many", "render_or_tell", "render_text", "rows_of", "segments_of",
 ]  # fmt: skip
 
 Role = Literal["system", "user", "assistant", "text"]
@@ -113,6 +113,23 @@ def render(
     encoded = dict(zip(starts, tokenizer.encode_batch(starts), strict=True))
     continued = {text: tokenizer.encode_continuation(text) for text in continuations}
     return _assembled(segments, encoded, continued)
+
+
+def render_or_tell(
+    conversation: Conversation, tokenizer: Tokenizer, template: Template, *, for_reply: bool = False
+) -> Rendered:
+    """As `render`, where a refusal is its user's to mend and not a row to count. Raises: UserError."""
+    try:
+        return render(conversation, tokenizer, template, for_reply=for_reply)
+    except TemplateRefused as refusal:
+        roles = ", ".join(dict.fromkeys(message.role for message in conversation.messages))
+        # A template raises in words of its own: they must not move the cursor either.
+        reason = "".join(c if c.isprintable() else " " for c in str(refusal))[:200].rstrip(" .")
+        raise UserError(
+            f"The model's chat template does not take messages of {roles}: {reason}.",
+            "Leave out what it refuses, or mend the template beside the tokenizer (chat_template.jinja or "
+            "tokenizer_config.json); without one the card's is used.",
+        ) from None
 
 
 def render_many(
