@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from small_models import ALPACA, dialogues, write_model, write_rows
 
+from graftlm.cli.evaluate import compare
 from graftlm.errors import UserError
-from graftlm.release.compare import Comparison, compare_models
-from graftlm.release.compare_judge import KEY_VARIABLE, Judge, check_judge, judge_answers, make_judge
+from graftlm.release.compare import Comparison, compare_models, judge_comparison
+from graftlm.release.compare_judge import KEY_VARIABLE, Judge, Judged, check_judge, judge_answers, make_judge
 from graftlm.release.compare_page import comparison_page, short_names
 from graftlm.release.compare_plots import Trend, differences_plot, trend_plot
 from graftlm.release.plots import Reading
@@ -194,10 +196,8 @@ def samples(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
 def test_a_win_is_what_both_orders_agree_on(server: Any) -> None:
     url, asked = server(longer)
     judge = Judge(url, "m", "secret-key", pause_seconds=0)
-    verdicts, problem = judge_answers(
-        judge, samples(("long answer", "short"), ("x", "xyz"), ("same", "same ")), "b", "a"
-    )
-    assert (verdicts, problem) == (["win", "loss", "tie"], "")
+    judged = judge_answers(judge, samples(("long answer", "short"), ("x", "xyz"), ("same", "same ")), "b", "a")
+    assert judged == Judged(["win", "loss", "tie"])
     assert len(asked) == 4
     assert {one["key"] for one in asked} == {"Bearer secret-key"}
     assert {one["path"] for one in asked} == {"/v1/chat/completions"}
@@ -209,7 +209,7 @@ def test_a_win_is_what_both_orders_agree_on(server: Any) -> None:
 )
 def test_a_judge_that_likes_a_place_or_says_nothing_wins_nobody(server: Any, text: str, expected: str | None) -> None:
     url, _ = server(lambda _: said(text))
-    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("x", "y")), "b", "a")[0] == [expected]
+    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("x", "y")), "b", "a").verdicts == [expected]
 
 
 def test_an_answer_cannot_close_its_fence(server: Any) -> None:
@@ -222,11 +222,11 @@ def test_an_answer_cannot_close_its_fence(server: Any) -> None:
 def test_a_busy_judge_is_asked_again_and_a_dead_one_given_up(server: Any) -> None:
     states = iter([503, 429])
     url, asked = server(lambda body: (next(states, 200), longer(body)[1]))
-    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("long answer", "s")), "b", "a")[0] == ["win"]
+    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("long answer", "s")), "b", "a").verdicts == ["win"]
     assert len(asked) == 4
     url, asked = server(lambda _: (500, {}))
     found = judge_answers(Judge(url, "m", pause_seconds=0), samples(*[("x", "y")] * 9), "b", "a")
-    assert found == ([None] * 9, "it answers with status 500")
+    assert found == Judged([None] * 9, problem="it answers with status 500")
     assert len(asked) == 9
     with pytest.raises(UserError, match="of no use"):
         check_judge(Judge("http://127.0.0.1:9/v1", "m", pause_seconds=0))
@@ -237,7 +237,7 @@ def test_a_busy_judge_is_asked_again_and_a_dead_one_given_up(server: Any) -> Non
 )
 def test_what_is_no_answer_counts_as_none(server: Any, body: bytes) -> None:
     url, _ = server(lambda _: (200, body))
-    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("x", "y")), "b", "a")[0] == [None]
+    assert judge_answers(Judge(url, "m", pause_seconds=0), samples(("x", "y")), "b", "a").verdicts == [None]
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404])
@@ -251,15 +251,60 @@ def test_a_judge_that_refuses_is_told_without_its_key(server: Any, status: int) 
     assert len(asked) == 1
 
 
+def test_a_pair_the_judge_will_not_take_is_left_unjudged_and_told(compared: Comparison, server: Any) -> None:
+    """Too long, say: in the server's own words but for the key, once a pair, and the others are judged."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        is_long = "x" * 50 in body["messages"][-1]["content"]
+        return (400, {"error": {"message": "secret-key: 700 tokens\x1b are too many."}}) if is_long else longer(body)
+
+    url, asked = server(reply)
+    judge = Judge(url, "m", "secret-key", pause_seconds=0)
+    pairs = samples(("x" * 50, "y"), ("long answer", "s"), *[("x" * 60, "y")] * 4, ("x", "yy"))
+    reason = "it answers with status 400 (…: 700 tokens  are too many)"
+    told = judge_answers(judge, pairs, "b", "a")
+    assert told == Judged([None, "win", *[None] * 4, "loss"], 5, reason)
+    assert len(asked) == 5 + 4
+    found = replace(compared, samples=pairs, results={"a": {"f": {}}, "b": {"f": {}}}, notes=[])
+    judge_comparison(found, judge)
+    assert found.notes == [f"The judge would not take 5 of 7 pairs of b, which are not judged. Of the first: {reason}."]
+    assert found.results["b"]["f"]["judged"]["not_judged"] == 5
+
+
+@pytest.mark.parametrize(
+    ("refuses_first", "told"), [(True, ["cannot be asked", "Set GRAFTLM"]), (False, ["stands in"])]
+)
+def test_what_was_measured_is_kept_when_the_judge_refuses_the_key(
+    desk: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch, refuses_first: bool, told: list[str]
+) -> None:
+    """Before anything is measured where it can be foreseen; later the page holds what was."""
+    url, asked = server(lambda body: (401, {}) if refuses_first or len(asked) > 2 else longer(body))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        compare([str(desk / "one"), str(desk / "two")], [str(desk / "rows.jsonl")], judge=url, questions=2)
+    assert all(words in str(error.value) for words in told)
+    assert (tmp_path / "compare.html").exists() is not refuses_first
+    if not refuses_first:
+        assert "Judged: two" in (tmp_path / "compare.html").read_text()
+        assert "given up on" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_judge_that_cannot_hold_a_question_is_told_before_models_are_measured(server: Any) -> None:
+    """It is tried with as many tokens of answer as it will be asked for."""
+    told = {"error": {"message": "context of 256 tokens", "code": "context_length_exceeded"}}
+    url, _ = server(lambda body: (400, told) if body["max_tokens"] > 100 else said("tie"))
+    with pytest.raises(UserError, match=r"refuses even a short question: .*400 \(context of 256 tokens\)"):
+        check_judge(Judge(url, "m"))
+
+
 def test_a_judge_that_never_answers_is_left(server: Any) -> None:
     """A server that accepts and never answers."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         judge = Judge(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m", timeout_seconds=0.05, pause_seconds=0)
-        verdicts, problem = judge_answers(judge, samples(("x", "y")), "b", "a")
-    assert verdicts == [None]
-    assert problem == ""
+        judged = judge_answers(judge, samples(("x", "y")), "b", "a")
+    assert judged == Judged([None])
 
 
 @pytest.mark.parametrize(
@@ -285,7 +330,8 @@ def test_verdicts_reach_results_and_page(desk: Path, server: Any) -> None:
     url, _ = server(longer)
     models = {name: str(desk / name) for name in ("one", "two")}
     rows = str(desk / "rows.jsonl")
-    found = compare_models(models, [rows], 4, 6, Judge(url, "m", pause_seconds=0))
+    found = compare_models(models, [rows], 4, 6)
+    judge_comparison(found, Judge(url, "m", pause_seconds=0))
     told = found.results["two"][rows]["judged"]
     assert told["wins"] + told["losses"] + told["ties"] == 4
     assert told["not_judged"] == 0

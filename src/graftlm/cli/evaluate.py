@@ -71,7 +71,7 @@ def compare(
     Example: graftlm compare my-base runs/demo --data heldout.jsonl --out compare.html
     """
     from graftlm.errors import UserError
-    from graftlm.release.compare_judge import make_judge
+    from graftlm.release.compare_judge import check_judge, make_judge
 
     page = out or Path("compare.html")
     if page.is_dir() or page.suffix.lower() not in (".html", ".htm"):
@@ -81,11 +81,20 @@ def compare(
         raise UserError(f"{twice} is named twice.", "Name each model once.")
     asked = make_judge(judge, judge_model) if judge else None
 
-    from graftlm.release.compare import compare_models
+    from graftlm.release.compare import compare_models, judge_comparison
     from graftlm.release.compare_page import write_comparison
     from graftlm.run import say
 
-    found = compare_models({name: name for name in models}, files, questions, max_tokens, asked)
-    write_comparison(found, page)
+    if asked is not None:
+        check_judge(asked)
+    found = compare_models({name: name for name in models}, files, questions, max_tokens)
+    write_comparison(found, page)  # before the judge is asked: whatever becomes of it, what was measured is kept
+    if asked is not None:
+        try:
+            judge_comparison(found, asked)
+        except UserError as error:
+            raise UserError(error.problem, f"{error.fix} What was measured stands in {page}.") from None
+        finally:
+            write_comparison(found, page)
     show(found.results, as_json)
     say(f"page    {page}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from graftlm.errors import UserError
-from graftlm.release.compare_judge import Judge, check_judge, judge_answers
+from graftlm.release.compare_judge import Judge, Judged, judge_answers, key_refused
 from graftlm.release.evaluate import Candidate, Data, Dialogues, Measured, Scores, measure, pick_questions, read_data
 from graftlm.release.intervals import difference_interval
 from graftlm.release.tasks import TaskResult
@@ -52,19 +52,16 @@ def compare_models(
     files: Sequence[str],
     num_questions: int = 8,
     max_answer_tokens: int = 128,
-    judge: Judge | None = None,
 ) -> Comparison:
     """Compare models (paths or hub ids by name) on files. One is in memory at a time.
 
-    Raises UserError for a model folder that is broken, a file of no use, a judge that lets nobody in.
+    Raises UserError for a model folder that is broken, a file of no use.
     """
     if len(models) < 2:
         raise UserError(f"{len(models)} model is no comparison.", "Give two or more; graftlm eval judges one.")
     read = read_data(files)
     # All are opened, no weight read, before any is measured: a broken one is told at once.
     candidates = {name: Candidate(path) for name, path in models.items()}
-    if judge is not None:
-        check_judge(judge)
     measured: dict[str, dict[str, Measured]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in progress(candidates, len(candidates), "models"):
@@ -88,10 +85,7 @@ def compare_models(
         name: {file: one.scores for file, one in by_file.items() if isinstance(one.scores, Scores)}
         for name, by_file in measured.items()
     }
-    found = Comparison(facts, results, _samples(read, measured, num_questions), _notes(facts, results), scores)
-    if judge is not None:
-        _judge(found, judge)
-    return found
+    return Comparison(facts, results, _samples(read, measured, num_questions), _notes(facts, results), scores)
 
 
 def _difference(one: Scores | TaskResult, other: Scores | TaskResult) -> dict[str, Any]:
@@ -163,19 +157,22 @@ def _notes(facts: Mapping[str, Mapping[str, Any]], results: Mapping[str, Mapping
     return notes
 
 
-def _judge(found: Comparison, judge: Judge) -> None:
-    """Verdicts on every answer against the first model's, into the samples and, counted, into the results."""
+def judge_comparison(found: Comparison, judge: Judge) -> None:
+    """Verdicts on every answer against the first model's, into the samples and, counted, into the results.
+
+    Raises UserError when the judge refuses the key, with what it had judged by then in `found`.
+    """
     first = found.names[0]
     for name in found.names[1:]:
-        verdicts, problem = judge_answers(judge, found.samples, name, first)
-        if problem:
-            found.notes.append(
-                f"The judge gave up on {name}: {problem}. What it had not judged by then counts as none."
-            )
-        for sample, verdict in zip(found.samples, verdicts, strict=True):
+        judged = judge_answers(judge, found.samples, name, first)
+        for note in _notes_on_judging(name, judged):
+            found.notes.append(note)
+            say(note)
+        for sample, verdict in zip(found.samples, judged.verdicts, strict=True):
             sample.setdefault("verdicts", {})[name] = verdict
         for file in {sample["file"] for sample in found.samples}:
-            own = [verdict for sample, verdict in zip(found.samples, verdicts, strict=True) if sample["file"] == file]
+            pairs = zip(found.samples, judged.verdicts, strict=True)
+            own = [verdict for sample, verdict in pairs if sample["file"] == file]
             found.results[name][file]["judged"] = {
                 "against": first,
                 "judge": judge.model,
@@ -184,3 +181,19 @@ def _judge(found: Comparison, judge: Judge) -> None:
                 "ties": own.count("tie"),
                 "not_judged": own.count(None),
             }
+        if judged.is_key_refused:
+            raise key_refused(judge, judged.problem)
+
+
+def _notes_on_judging(name: str, judged: Judged) -> list[str]:
+    notes = []
+    if judged.num_refused:
+        notes.append(
+            f"The judge would not take {judged.num_refused:,} of {len(judged.verdicts):,} pairs of {name}, which are "
+            f"not judged. Of the first: {judged.refusal}."
+        )
+    if judged.problem:
+        notes.append(
+            f"The judge was given up on {name}: {judged.problem}. What it had not judged by then counts as none."
+        )
+    return notes

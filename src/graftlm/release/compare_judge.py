@@ -1,12 +1,13 @@
 """A judge the user supplies: any server of OpenAI's chat API that says which of two answers is better.
 
-Owns how it is asked (both orders, against the bias for a place), how long it may take, and what of its answer counts.
-Does not know models or pages. The key comes from an environment variable, is sent to that one address, and is never
-part of a message, a page or a result.
+Owns how it is asked (both orders, against the bias for a place), how long it may take, and what of its answer counts;
+a pair it will not take is left unjudged and counted. Does not know models or pages. The key comes from an environment
+variable, is sent to that one address, and is never part of a message, a page or a result.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -27,6 +28,9 @@ MAX_FAILURES = 3
 """Questions in a row that get no answer before the judge is given up."""
 
 MAX_BYTES = 2**20
+MAX_ANSWER_TOKENS = 512
+MAX_REASON_CHARS = 200
+_KEY_REFUSED = (401, 403)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _RULES = (
     "You compare two answers to the same question. Judge how correct, complete and helpful each is, in the language it "
@@ -48,8 +52,31 @@ class Judge:
     pause_seconds: float = 2.0
 
 
+@dataclass(slots=True)
+class Judged:
+    """Verdicts in the order of the answers: None where a question got none.
+
+    `num_refused` counts the pairs the judge would not take (too long, say), `refusal` is what it said of the first.
+    `problem` tells why it was given up, where it was; `is_key_refused` that nothing more can be asked of it.
+    """
+
+    verdicts: list[Verdict | None] = field(default_factory=list)
+    num_refused: int = 0
+    refusal: str = ""
+    problem: str = ""
+    is_key_refused: bool = False
+
+
 class _NoAnswer(Exception):
-    """The judge could not be asked this time; the text says why, without a word of its own."""
+    """The judge could not be asked this time; the text says why."""
+
+
+class _Refusal(_NoAnswer):
+    """The judge will not take this question, however often it is asked; the text says why, in its own words if any."""
+
+
+class _KeyRefused(_NoAnswer):
+    """The judge lets nobody in with this key. The text holds no word of the judge's: some repeat the key."""
 
 
 def make_judge(url: str, model: str) -> Judge:
@@ -77,37 +104,56 @@ def make_judge(url: str, model: str) -> Judge:
 
 
 def check_judge(judge: Judge) -> None:
-    """Ask for one word before hours are spent on answers. Raises UserError when the judge cannot be asked."""
+    """Ask about one short pair, as the others will be, before hours are spent on answers.
+
+    Raises UserError when the judge cannot be asked, with its own reason where it gives one.
+    """
     try:
-        _post(judge, {"model": judge.model, "messages": [{"role": "user", "content": "Say tie."}], "max_tokens": 8})
+        _ask(judge, {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "reference": "2"}, "2", "3")
+    except _KeyRefused as problem:
+        raise key_refused(judge, str(problem)) from None
+    except _Refusal as problem:
+        raise UserError(
+            f"The judge at {judge.url} refuses even a short question: {problem}.", "Look at --judge, --judge-model."
+        ) from None
     except _NoAnswer as problem:
         raise UserError(
             f"The judge at {judge.url} is of no use: {problem}.", "Mend --judge, or leave it out."
         ) from None
 
 
-def judge_answers(
-    judge: Judge, samples: Sequence[Mapping[str, Any]], name: str, against: str
-) -> tuple[list[Verdict | None], str]:
-    """Verdicts on the answers of model `name` against those of another; and why it was given up, if it was.
+def key_refused(judge: Judge, problem: str) -> UserError:
+    """What is told where the judge lets nobody in."""
+    return UserError(f"The judge at {judge.url} cannot be asked: {problem}.", f"Set {KEY_VARIABLE} to its key.")
+
+
+def judge_answers(judge: Judge, samples: Sequence[Mapping[str, Any]], name: str, against: str) -> Judged:
+    """Verdicts on the answers of model `name` against those of another, one a sample.
 
     Win or loss is what both orders agree on; else it is a tie. None where an answer named neither, or never came.
-    Raises UserError when the judge refuses the key or the request.
     """
-    verdicts: list[Verdict | None] = []
+    judged = Judged()
     failures = 0
     with ProgressShown(f"judge, {name}", len(samples)) as shown:
         for sample in samples:
+            verdict: Verdict | None = None
             try:
-                verdicts.append(_verdict(judge, sample, sample["answers"][name], sample["answers"][against]))
+                verdict = _verdict(judge, sample, sample["answers"][name], sample["answers"][against])
+                failures = 0
+            except _Refusal as problem:
+                judged.num_refused += 1
+                judged.refusal = judged.refusal or str(problem)
                 failures = 0
             except _NoAnswer as problem:
-                verdicts.append(None)
                 failures += 1
-                if failures == MAX_FAILURES:
-                    return verdicts + [None] * (len(samples) - len(verdicts)), str(problem)
-            shown.reach(len(verdicts))
-    return verdicts, ""
+                judged.is_key_refused = isinstance(problem, _KeyRefused)
+                if judged.is_key_refused or failures == MAX_FAILURES:
+                    judged.problem = str(problem)
+                    break
+            judged.verdicts.append(verdict)
+            shown.reach(len(judged.verdicts))
+    judged.verdicts += [None] * (len(samples) - len(judged.verdicts))
+    return judged
 
 
 def _verdict(judge: Judge, sample: Mapping[str, Any], own: str, other: str) -> Verdict | None:
@@ -138,7 +184,7 @@ def _ask(judge: Judge, sample: Mapping[str, Any], first: str, second: str) -> st
         "model": judge.model,
         "messages": [{"role": "system", "content": _RULES}, {"role": "user", "content": told}],
         "temperature": 0,
-        "max_tokens": 512,
+        "max_tokens": MAX_ANSWER_TOKENS,
     }
     said = _post(judge, body).strip().splitlines()
     found = re.fullmatch(r"\W*(1|2|tie)\W*", said[-1].lower()) if said else None
@@ -146,7 +192,7 @@ def _ask(judge: Judge, sample: Mapping[str, Any], first: str, second: str) -> st
 
 
 def _post(judge: Judge, body: Mapping[str, Any]) -> str:
-    """What the judge says, tried again after a pause where that may help. Raises _NoAnswer, UserError."""
+    """What the judge says, tried again after a pause where that may help. Raises _NoAnswer."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {judge.key}"} if judge.key else {})
     request = urllib.request.Request(
         f"{judge.url}/chat/completions", json.dumps(body).encode("utf-8", "replace"), headers, method="POST"
@@ -161,13 +207,14 @@ def _post(judge: Judge, body: Mapping[str, Any]) -> str:
                 return _content(_read(reply, judge.timeout_seconds))
         except urllib.error.HTTPError as error:
             problem = f"it answers with status {error.code}"
-            error.close()
+            if error.code in _KEY_REFUSED:
+                error.close()
+                raise _KeyRefused(problem) from None
             if error.code < 500 and error.code not in (408, 429):
-                fix = (
-                    f"Set {KEY_VARIABLE} to its key." if error.code in (401, 403) else "Look at --judge, --judge-model."
-                )
-                raise UserError(f"The judge at {judge.url} answers with status {error.code}.", fix) from None
-        except (OSError, TimeoutError) as error:
+                reason = _reason(error, judge)
+                raise _Refusal(f"{problem} ({reason})" if reason else problem) from None
+            error.close()
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             problem = f"it cannot be reached ({type(reason).__name__})"
         except ValueError as error:
@@ -180,6 +227,23 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
         """Leave the status as it is."""
+
+
+def _reason(error: urllib.error.HTTPError, judge: Judge) -> str:
+    """The server's own words for a refusal, one short line without the key; empty where it has none of use."""
+    try:
+        with error:
+            told = json.loads(_read(error, judge.timeout_seconds))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        return ""
+    for key in ("error", "message", "detail"):  # OpenAI's form, and the plainer ones of others
+        told = told.get(key, told) if isinstance(told, dict) else told
+    if not isinstance(told, str):
+        return ""
+    if judge.key:
+        told = told.replace(judge.key, "…")
+    line = "".join(c if c.isprintable() else " " for c in told)
+    return line[:MAX_REASON_CHARS].rstrip(" .")
 
 
 def _read(reply: Any, timeout_seconds: float) -> bytes:

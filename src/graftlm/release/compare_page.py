@@ -95,6 +95,8 @@ def _summary(found: Comparison, labels: Mapping[str, str]) -> str:
         if judged:
             wins, losses, ties = (sum(one[key] for one in judged) for key in ("wins", "losses", "ties"))
             told = f"wins, losses and ties against {labels[first]}, by the judge {judged[0]['judge']}"
+            left = sum(one["not_judged"] for one in judged)
+            told += f"; {left:,} not judged" if left else ""
             cards.append(card(f"Judged: {labels[name]}", f"{wins} / {losses} / {ties}", told))
     lines = "".join(f"<li>{line}</li>" for line in sentences[:8])
     return f'<ul class="told">{lines}</ul><div class="cards">{"".join(cards)}</div>'
