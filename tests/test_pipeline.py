@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from child import graftlm, in_child
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_recipe import write_tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -344,6 +345,49 @@ def test_a_finished_run_is_exported_both_ways_and_an_unfinished_one_is_not(
         export_run(half_way, "hf", tmp_path / "no")
     with pytest.raises(UserError, match="holds no recipe"):
         export_run(tmp_path, "hf", None)
+
+
+@pytest.fixture(scope="module")
+def moved(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three exports of a finished run, moved together from where they were written."""
+    place = tmp_path_factory.mktemp("exports")
+    run = Path(shutil.copytree(finished / "run", place / "run"))
+    for to in ("hf", "adapter", "gguf"):
+        export_run(run, to, place / "written" / to)
+    return (place / "written").rename(place / "moved")
+
+
+@pytest.mark.parametrize(("form", "card"), [("hf", "hf"), ("adapter", "adapter/adapter")])
+def test_a_card_s_code_runs_in_the_folder_it_lies_in(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str, card: str
+) -> None:
+    """Both halves of it, with no library but those named; of an adapter on its base, wherever the two were moved."""
+    text = (moved / card / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(moved / card)
+    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(codes) == 2
+    for code in codes:
+        exec(code.replace("=256", "=2"), {})
+    assert capsys.readouterr().out
+    assert ("graftlm chat ." in text) is (form == "hf")
+    assert ("library_name: peft" in text) is (form == "adapter")
+
+
+def test_a_gguf_s_card_names_its_file(moved: Path) -> None:
+    text = (moved / "gguf" / "README.md").read_text(encoding="utf-8")
+    assert text.count("llama-cli -m tiny-f16.gguf --jinja") == 2
+    assert "from_pretrained" not in text
+    assert "graftlm chat" not in text
+
+
+def test_an_adapter_names_its_base_by_where_it_lies_beside_it(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No path of whoever wrote it; PEFT's own loading of both by the adapter's name finds it there."""
+    told = [(moved / "adapter/adapter" / name).read_text() for name in ("adapter_config.json", "base.json")]
+    assert [json.loads(told[0])["base_model_name_or_path"], json.loads(told[1])["base"]] == ["../base"] * 2
+    for file in moved.rglob("*.json"):
+        assert str(moved.parent) not in file.read_text(encoding="utf-8"), file
+    monkeypatch.chdir(moved / "adapter" / "adapter")
+    assert AutoPeftModelForCausalLM.from_pretrained(".").config
 
 
 def test_preflight_looks_at_every_stage_and_trains_none(finished: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from graftlm.device import machine_name, use_all_cores
 from graftlm.errors import NumericalStop, UserError
@@ -21,7 +21,7 @@ from graftlm.health.autopsy import autopsy
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
-from graftlm.release.card import write_card
+from graftlm.release.card import Form, write_card
 from graftlm.release.export import Manifest, export_gguf_of_folder, whole_or_absent
 from graftlm.release.gguf_file import Quantization
 from graftlm.road import Facts, Road
@@ -140,7 +140,8 @@ def export_run(folder: Path, to: str, out: Path | None, quantization: str | None
     `adapter` writes two folders: `adapter` and the `base` it belongs on. For `gguf` a plain model folder will do.
     `out` is whole and checked, or absent. Raises UserError, NumericalStop, DiskError.
     """
-    if to not in ("hf", "adapter", "gguf"):
+    form = next((known for known in get_args(Form) if known == to), None)
+    if form is None:
         raise UserError(
             f"--to {to} is not known.", "Choose hf (one merged folder), adapter (base and PEFT adapter) or gguf."
         )
@@ -156,13 +157,13 @@ def export_run(folder: Path, to: str, out: Path | None, quantization: str | None
     out = out or folder / name
 
     def add_card(scratch: Path) -> None:
-        write_card(folder, scratch)
+        write_card(folder, scratch, form)
 
     with RunFolder(folder, recipe.name):
         road = Road(recipe, folder)
         road.check_stages_done()
         if to == "adapter":
-            return whole_or_absent(out, lambda scratch: road.export_adapter(scratch, out, add_card))
+            return whole_or_absent(out, lambda scratch: road.export_adapter(scratch, add_card))
         if to == "gguf":
             return whole_or_absent(out, lambda scratch: road.export_gguf(scratch, kind, add_card))
         return whole_or_absent(out, lambda scratch: road.export_hf(scratch, add_card))

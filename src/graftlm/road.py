@@ -184,8 +184,8 @@ class Road:
             name=self.recipe.name, quantization=quantization, also=also,
         )  # fmt: skip
 
-    def export_adapter(self, out: Path, final: Path, also: Also | None = None) -> Manifest:
-        """Write the last stage's adapter, and beside it the model it belongs on; `final` is where `out` will lie."""
+    def export_adapter(self, out: Path, also: Also | None = None) -> Manifest:
+        """Write the last stage's adapter, and beside it the model it belongs on, which it names as seen from itself."""
         number = len(self.recipe.stages) - 1
         stage = self.recipe.stages[number]
         if not isinstance(stage.trains, Lora):
@@ -197,7 +197,7 @@ class Road:
         tokenizer = self._tokenizer
         adapted = attach_stage(load_causal(out / "base"), stage, self.stage_folder(number), tokenizer.first_new_id)
         adapter = export_adapter(
-            adapted, tokenizer, self._template.jinja, out / "adapter", out / "base", final / "base", also=also
+            adapted, tokenizer, self._template.jinja, out / "adapter", out / "base", "../base", also=also
         )
         files = {f"base/{name}": mark for name, mark in below.files.items()}
         return replace(adapter, files=files | {f"adapter/{name}": mark for name, mark in adapter.files.items()})

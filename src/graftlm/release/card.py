@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -31,6 +31,10 @@ from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
 CARD_FILE, CURVES_FILE = "README.md", "curves.svg"
 _FRAME, _ENGLISH, _CHINESE = (f"card{name}.md.jinja" for name in ("", ".en", ".zh"))
+Form = Literal["hf", "adapter", "gguf"]
+"""What lies beside a card: a whole model, an adapter whose base lies in `../base`, or a file for llama.cpp."""
+
+_LIBRARIES = {"hf": "transformers", "adapter": "peft", "gguf": None}
 _LANGUAGE_OF_SCRIPT = {"Han": "zh", "Hiragana": "ja", "Katakana": "ja", "Hangul": "ko", "Thai": "th"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~#])")
@@ -40,21 +44,24 @@ class _Raw(str):
     """Text that goes into a card as it is."""
 
 
-def card_text(folder: Path) -> str:
-    """The card of the run in `folder`. Raises UserError when it is no run folder, or its training has not ended."""
+def card_text(folder: Path, to: Form = "hf", gguf: str = "") -> str:
+    """The card of the run in `folder` as it stands in a folder of form `to`, `gguf` the file in it where there is one.
+
+    Raises UserError when it is no run folder, or its training has not ended.
+    """
     if not (folder / RECIPE).is_file():
         raise UserError(
             f"{folder} is no run folder: it holds no {RECIPE}.", "Give the folder of `graftlm run RECIPE --out DIR`."
         )
     run = read_run(folder)
     _refuse_untrained(run, folder)
-    told = _told(run, folder)
+    told = _told(run, folder) | {"to": to, "gguf": _Raw(gguf)}
     parts = {
         name: _environment(place).get_template(file).render(told)
         for place, (name, file) in enumerate((("english", _ENGLISH), ("chinese", _CHINESE)))
     }
     frame = _environment(0).get_template(_FRAME).render(told | {name: _Raw(text) for name, text in parts.items()})
-    card = ModelCard(f"---\n{card_data(run).to_yaml()}\n---\n{frame}")
+    card = ModelCard(f"---\n{card_data(run, to).to_yaml()}\n---\n{frame}")
     return str(card.content)
 
 
@@ -69,9 +76,13 @@ def _refuse_untrained(run: RunRecord, folder: Path) -> None:
         )
 
 
-def write_card(run_folder: Path, out: Path) -> None:
-    """Write README.md and curves.svg into `out`; files that would not change are left alone. Raises UserError."""
-    files = {CARD_FILE: card_text(run_folder), CURVES_FILE: curves(read_run(run_folder))}
+def write_card(run_folder: Path, out: Path, to: Form = "hf") -> None:
+    """Write README.md and curves.svg into `out`, a folder of form `to`; files that would not change are left alone.
+
+    Raises UserError.
+    """
+    gguf = next((path.name for path in out.glob("*.gguf")), "")
+    files = {CARD_FILE: card_text(run_folder, to, gguf), CURVES_FILE: curves(read_run(run_folder))}
     with disk_errors(out):
         for name, text in files.items():
             path = out / name
@@ -81,7 +92,7 @@ def write_card(run_folder: Path, out: Path) -> None:
                 scratch.replace(path)
 
 
-def card_data(run: RunRecord) -> ModelCardData:
+def card_data(run: RunRecord, to: Form = "hf") -> ModelCardData:
     """The metadata the hub reads: only what the recipe and the run say."""
     recipe = run.recipe
     base = recipe["base"].get("model")
@@ -91,9 +102,9 @@ def card_data(run: RunRecord) -> ModelCardData:
     return ModelCardData(
         license=_licence(run, "license") or "unknown",
         language=languages or None,
-        library_name="transformers",
+        library_name=_LIBRARIES[to],
         pipeline_tag="text-generation",
-        tags=["graftlm", "vocabulary-expansion", "conversational"],
+        tags=["graftlm", "vocabulary-expansion", "conversational", *(["gguf"] if to == "gguf" else [])],
         base_model=base if base and facts.is_hub_id(base) else None,
         datasets=sets or None,
         model_name=recipe["name"],
