@@ -151,6 +151,40 @@ def test_both_languages_tell_the_same_numbers(run: Path) -> None:
     assert sorted(found[0]) == sorted(found[1])
 
 
+def test_what_each_stage_was_trained_by_and_began_with_is_told(run: Path) -> None:
+    """The objective is a stage's own; a base from nothing has drawn its weights by the recipe's seed."""
+    training = {"name": "pre", "trains": {"kind": "full"}, "objective": "text", "seed": 5}
+    scratch = {"text": ["a.txt"], "num_pieces": 400, "training": training}
+    write(run / "recipe.json", {"recipe": recipe(base={"scratch": scratch}, seed=17), "versions": {}})
+    write(run / "0-scratch" / "done.json", {"key": "k", "seconds": 60.0})
+    english, chinese = halves(card_text(run))
+    assert "| the loss counts | every token | answers and their ends | answers and their ends |" in english
+    assert "| seed | 5 | 0 | 0 |\n| seed of its first weights | 17 | – | – |" in english
+    assert "| 计入损失的词元 | 每个词元 | 回答及其结束符 | 回答及其结束符 |" in chinese
+    assert "the loss counts answers" not in english
+
+
+def test_the_rows_a_state_could_not_read_are_told_beside_its_figures(run: Path) -> None:
+    states = json.loads((run / "7-heldout" / "heldout.json").read_text())
+    english, chinese = halves(card_text(run))
+    assert "| 15.000 | 2,000 |" in english
+    assert "not judged by rows" not in english
+    states[0]["new"] |= {"num_rows": 1999, "num_left_out": 1}
+    write(run / "7-heldout" / "heldout.json", states)
+    english, chinese = halves(card_text(run))
+    assert "| base | 7.500 \\[7.400, 7.600\\] (+0.0 %) | 15.000 | 1,999 of 2,000 |" in english
+    assert "| 4.500 | 2,000 |" in english
+    assert "1,999 / 2,000" in chinese
+    assert "not judged by rows" in english
+
+
+def test_a_stage_s_losses_are_means_at_either_end(run: Path) -> None:
+    losses = [*[9.0, 7.0, 8.0] * 10, *[1.0, 3.0, 2.0] * 10]
+    lines = [json.dumps(step_line(step, loss)) for step, loss in enumerate(losses, 1)]
+    (run / "5-lora" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "| 9.500 → 4.250 | 8.000 → 2.000 |" in card_text(run)
+
+
 def test_the_hub_can_read_its_metadata(run: Path) -> None:
     """`card.validate()` asks the hub itself; here: round trip, required keys, and nothing that the run did not say."""
     card = ModelCard(card_text(run))

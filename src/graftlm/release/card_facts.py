@@ -6,15 +6,18 @@ Owns which figures a card holds and how each is named in English and Chinese. Do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from graftlm.recipe_values import looks_like_hub_id
 from graftlm.release.card_words import ACTIONS, in_chinese
 from graftlm.release.record import RunRecord, StageRecord
 
+ENDS_STEPS = 10
 Told = tuple[str, str]
 """The same in English and in Chinese."""
 Row = tuple[Told, list[Any]]
@@ -30,6 +33,10 @@ _TRAINS: dict[str, Told] = {
     "full": ("all parameters", "全部参数"),
     "lora": ("LoRA adapters", "LoRA 适配器"),
     "new-rows": ("only the rows of new pieces", "仅新词片的行"),
+}
+_OBJECTIVES: dict[str, Told] = {
+    "dialogue": ("answers and their ends", "回答及其结束符"),
+    "text": ("every token", "每个词元"),
 }
 _ROWS: dict[str, Told] = {
     "all": (" and all rows of embedding and head", "以及词嵌入与输出层的全部行"),
@@ -76,6 +83,10 @@ def _trains(stage: StageRecord) -> Told:
     extra = "".join(f", {name}" for name in ("rslora", "dora") if trains.get(name))
     size = f" r{trains['rank']} α{trains['alpha']:g}, dropout {trains.get('dropout', 0):g}{extra}"
     return (f"{told[0]}{size}{rows[0]}", f"{told[1]}{size}{rows[1]}")
+
+
+def _objective(stage: StageRecord) -> Told | None:
+    return _OBJECTIVES.get(stage.asked.get("objective", ""))
 
 
 def _targets(stage: StageRecord) -> str | None:
@@ -125,7 +136,12 @@ def _kept(stage: StageRecord) -> Any:
 
 
 def _losses(stage: StageRecord) -> str | None:
-    return f"{stage.steps[0]['loss']:.3f} → {stage.steps[-1]['loss']:.3f}" if stage.steps else None
+    """Means over a tenth of the steps at either end, `ENDS_STEPS` at most: one step's rows may be easy or hard."""
+    losses = [step["loss"] for step in stage.steps if math.isfinite(step["loss"])]
+    num_steps = min(ENDS_STEPS, max(1, len(losses) // ENDS_STEPS))
+    if not losses:
+        return None
+    return f"{fmean(losses[:num_steps]):.3f} → {fmean(losses[-num_steps:]):.3f}"
 
 
 def _seconds(stage: StageRecord) -> float | None:
@@ -162,6 +178,7 @@ def _asked(key: str) -> Callable[[StageRecord], Any]:
 
 _STAGE_LINES: list[tuple[Told, Callable[[StageRecord], Any]]] = [
     (("what learns", "训练对象"), _trains),
+    (("the loss counts", "计入损失的词元"), _objective),
     (("LoRA on", "LoRA 所在层"), _targets),
     (("parameters that learn", "可训练参数"), lambda stage: stage.done.get("num_learning_parameters")),
     (("epochs", "轮数"), _asked("epochs")),
@@ -177,11 +194,12 @@ _STAGE_LINES: list[tuple[Told, Callable[[StageRecord], Any]]] = [
     (("loss scale", "损失缩放"), _loss_scale),
     (("gradient checkpointing", "梯度检查点"), _asked("gradient_checkpointing")),
     (("seed", "随机种子"), _asked("seed")),
+    (("seed of its first weights", "初始权重的随机种子"), lambda stage: stage.weights_seed),
     (("steps taken", "训练步数"), lambda stage: stage.done.get("num_steps") or len(stage.steps) or None),
     (("steps skipped (not finite)", "跳过的步（非有限值）"), _skipped),
     (("weights kept", "保留的权重"), _kept),
     (("tokens computed", "计算的词元数"), lambda stage: sum(s["num_tokens"] for s in stage.steps) or None),
-    (("first and last training loss", "首末训练损失"), _losses),
+    (("training loss, first and last (means of up to ten steps)", "首末训练损失（至多十步的平均）"), _losses),
     (("time in steps", "训练用时"), _time),
     (("tokens a second", "每秒词元数"), _speed),
     (("peak memory", "内存峰值"), _memory),
@@ -227,13 +245,23 @@ def data_rows(run: RunRecord) -> DataRows | None:
 
 
 def judged(run: RunRecord) -> list[tuple[Told, int | None, int]]:
-    """What the finished model was judged by: language, dialogues, and the rows of tokens they were judged in."""
+    """What every state was to be judged by: language, dialogues, and the rows of tokens those are in."""
     dialogues = (run.data or {}).get("heldout_rows") or {}
-    return [(LANGUAGES[key], dialogues.get(key), run.heldout[-1][key]["num_rows"]) for key in run.languages]
+    return [(LANGUAGES[key], dialogues.get(key), sum(_rows_judged(run.heldout[-1][key]))) for key in run.languages]
+
+
+def has_unjudged_rows(run: RunRecord) -> bool:
+    """Whether some state could not be judged by a row: longer than its context in its own tokens, or refused."""
+    return any(_rows_judged(state[key])[1] for state in run.heldout for key in run.languages)
+
+
+def _rows_judged(figures: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows of tokens a state was judged by, and those it could not be."""
+    return figures["num_rows"], figures.get("num_left_out", 0)
 
 
 def heldout_table(run: RunRecord) -> list[list[Any]]:
-    """Bits per byte at each state in each judged language, with interval and change against the base."""
+    """Bits per byte at each state in each judged language, with interval and change against the base; rows."""
     rows = []
     for state in run.heldout:
         row: list[Any] = [STATES.get(state["state"], (f"after stage {state['state']}", f"阶段 {state['state']} 之后"))]
@@ -242,6 +270,9 @@ def heldout_table(run: RunRecord) -> list[list[Any]]:
             low, high = figures["interval"]
             row.append(f"{figures['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}] ({figures['change_percent']:+.1f} %)")
             row.append(f"{figures['loss_per_answer_token']:.3f}")
+            num_rows, num_left_out = _rows_judged(figures)
+            whole = num_rows + num_left_out
+            row.append((f"{num_rows:,} of {whole:,}", f"{num_rows:,} / {whole:,}") if num_left_out else num_rows)
         rows.append(row)
     return rows
 

@@ -16,7 +16,10 @@ from graftlm.run import DONE, RECIPE, read_json, read_metrics
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """One stage: its section of the recipe, its done mark, and its lines by event."""
+    """One stage: its section of the recipe, its done mark, and its lines by event.
+
+    `weights_seed` drew the weights it began with; None where they came from the step before.
+    """
 
     name: str
     asked: dict[str, Any]
@@ -25,6 +28,7 @@ class StageRecord:
     heldout: list[dict[str, Any]]
     notes: list[str]
     interventions: list[dict[str, Any]] = field(default_factory=list)
+    weights_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ def read_run(folder: Path) -> RunRecord:
     scratch = recipe["base"].get("scratch")
     if scratch:
         asked["0-scratch"] = scratch["training"]
-    stages = [_stage(path, asked[path.name]) for path in folders if path.name in asked]
+    seeds = {"0-scratch": recipe["seed"]}
+    stages = [_stage(path, asked[path.name], seeds.get(path.name)) for path in folders if path.name in asked]
     return RunRecord(
         recipe=recipe,
         versions=written.get("versions", {}),
@@ -94,7 +99,7 @@ def _find(folders: list[Path], name: str) -> Any:
     return next((read_json(path / name) for path in reversed(folders) if (path / name).is_file()), None)
 
 
-def _stage(folder: Path, asked: dict[str, Any]) -> StageRecord:
+def _stage(folder: Path, asked: dict[str, Any], weights_seed: int | None) -> StageRecord:
     path = folder / "metrics.jsonl"
     # What training went back from is not its course.
     lines, _ = own_and_abandoned(read_metrics(path) if path.is_file() else [])
@@ -103,4 +108,6 @@ def _stage(folder: Path, asked: dict[str, Any]) -> StageRecord:
         by_event.setdefault(line.get("event", ""), []).append(line)
     notes = [str(line.get("text", "")) for line in by_event["note"]]
     done = _read(folder / DONE) or {}
-    return StageRecord(folder.name, asked, done, by_event["step"], by_event["heldout"], notes, by_event["intervention"])
+    return StageRecord(
+        folder.name, asked, done, by_event["step"], by_event["heldout"], notes, by_event["intervention"], weights_seed
+    )
