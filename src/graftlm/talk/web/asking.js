@@ -30,9 +30,11 @@ async function problemOf(response) {
     return new Problem("busy", Number(response.headers.get("Retry-After")) || 2);
   }
   if (error.code === "context_length_exceeded") {
-    const needed = /(?:asked for|at least) (\d+)/.exec(message), context = /context is (\d+)/.exec(message);
+    const needed = /(asked for|at least) (\d+)/.exec(message), context = /context is (\d+)/.exec(message);
     const wanted = /(\d+) for the answer/.exec(message); // beyond the context, no shorter conversation helps
-    if (needed && context) return new Problem("context", needed[1], context[1], wanted?.[1] ?? "0");
+    if (needed && context) {
+      return new Problem("context", needed[2], context[1], wanted?.[1] ?? "0", needed[1] === "at least" ? "least" : "");
+    }
   }
   return new Problem("other", message);
 }
@@ -69,7 +71,7 @@ function modelsAsked() {
 
 function messagesFor(asked, turn, model) {
   const messages = asked.system.trim() && takesSystem(model) ? [{ role: "system", content: asked.system }] : [];
-  for (const past of asked.turns.slice(asked.from, asked.turns.indexOf(turn))) {
+  for (const past of asked.turns.slice(fromOf(asked, model), asked.turns.indexOf(turn))) {
     const said = past.answers.filter((answer) => answer.content);
     const answer = said.find((one) => one.model === model) ?? said[0];
     if (!answer) continue; // a question that got no answer is no part of the talk
@@ -151,33 +153,35 @@ async function waitFor(seconds, answer, signal) {
   answer.note = "";
 }
 
-// Ask for the answers to a turn of the shown conversation, or for `only` one of two anew; `drops`: leave the oldest
-// turns out until the rest fits.
+// Ask for the answers to a turn of the shown conversation, or for that of the model `only` anew; `drops`: to a model whose
+// context is too short for the talk, send less and less of its oldest turns until the rest fits.
 async function ask(turn, { only = null, drops = false } = {}) {
   if (running || !models.length) return;
-  const asked = talk, controller = new AbortController(), from = asked.from;
+  const asked = talk, controller = new AbortController(), from = { ...asked.from };
+  let names = only && [only]; // of one answer's model, the others stay as they are
   running = { talk: asked, controller };
   running.timer = setInterval(() => { if (talks.has(asked.id)) keep(asked); }, KEPT_EVERY_MS);
   editing = null;
   asked.updated = Date.now();
-  for (;;) {
+  do {
     const begin = (model) => ({ ...answerFrom({ model }), ending: "" });
-    turn.answers = only ? turn.answers.map((one) => (one === only ? begin(one.model) : one)) : modelsAsked().map(begin);
+    turn.answers = names
+      ? turn.answers.map((one) => (names.includes(one.model) ? begin(one.model) : one)) : modelsAsked().map(begin);
+    const begun = turn.answers.filter((answer) => !answer.ending);
     keep(asked);
     showTalk();
     $("announce").textContent = words("answering");
-    await Promise.all(turn.answers.filter((answer) => !answer.ending).map(async (answer) => {
+    await Promise.all(begun.map(async (answer) => {
       await answerOne(asked, turn, answer, controller.signal);
       replaceAnswer(answer);
     }));
-    const isTooLong = turn.answers.some((answer) => answer.problem?.kind === "context");
-    if (!isTooLong || !drops) break;
-    if (asked.from >= asked.turns.indexOf(turn)) {
-      asked.from = from; // nothing helped
-      break;
-    }
-    asked.from += 1;
-  }
+    names = begun.filter((answer) => drops && answer.problem?.kind === "context").map((answer) => answer.model);
+    names = names.filter((model) => {
+      const canHelp = fromOf(asked, model) < asked.turns.indexOf(turn);
+      asked.from[model] = canHelp ? fromOf(asked, model) + 1 : from[model] ?? 0; // nothing helped: nothing more is left out
+      return canHelp;
+    });
+  } while (names.length);
   clearInterval(running.timer);
   running = null;
   asked.updated = Date.now();

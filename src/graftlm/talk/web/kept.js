@@ -1,7 +1,7 @@
 // What the browser keeps: conversations, settings, the key of this tab. Anything may stand there, so what is read is
 // checked. Does not show or ask anything.
 // A conversation ("talk") is {id, title, created, updated, system, from, turns}; a turn is a question and an answer of
-// each model asked; turns before `from` no longer fit the model and are not sent.
+// each model asked; turns before `from[model]` no longer fit that model and are not sent to it.
 "use strict";
 
 const DEFAULTS = { temperature: 0.7, top_p: 0.9, top_k: 0, repetition_penalty: 1, max_tokens: null, seed: null };
@@ -36,12 +36,16 @@ function talkFrom(raw) {
     question: turn.question,
     answers: listOf(turn.answers).filter((answer) => answer && typeof answer === "object").map(answerFrom),
   }));
-  const from = Math.min(Math.max(Math.trunc(numberOf(raw.from, 0)), 0), Math.max(turns.length - 1, 0));
+  const from = Object.fromEntries(Object.entries(Object(raw.from)).map(([model, place]) => (
+    [model, Math.min(Math.max(Math.trunc(numberOf(place, 0)), 0), Math.max(turns.length - 1, 0))]
+  )));
   return {
     id: raw.id, title: textOf(raw.title), created: numberOf(raw.created, 0), updated: numberOf(raw.updated, 0),
     system: textOf(raw.system), from, turns,
   };
 }
+
+const fromOf = (one, model) => (Object.hasOwn(one.from, model) ? one.from[model] : 0);
 
 function answerFrom(raw) {
   const problem = raw.problem && typeof raw.problem === "object" ? raw.problem : null;
@@ -58,7 +62,7 @@ function answerFrom(raw) {
 
 function newTalk() {
   const id = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  return { id, title: "", created: Date.now(), updated: Date.now(), system: settings.system, from: 0, turns: [] };
+  return { id, title: "", created: Date.now(), updated: Date.now(), system: settings.system, from: {}, turns: [] };
 }
 
 function keep(changed) {

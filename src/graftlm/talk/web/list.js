@@ -1,7 +1,10 @@
-// The list of conversations: opened, renamed, deleted and brought back, exported in the form `graftlm` itself reads.
+// The list of conversations: opened, renamed, deleted and brought back; what was answered is exported.
 "use strict";
 
 const titleOf = (one) => one.title || one.turns[0]?.question.trim().replace(/\s+/g, " ").slice(0, 80) || words("untitled");
+
+const hasText = (answer) => Boolean(answer.content.trim());
+const hasAnswers = (one) => one.turns.some((turn) => turn.answers.some(hasText));
 
 // `act`: what a press does, {open, deleted}; the one shown can be renamed, exported and deleted.
 function listPart(one, isShown, act) {
@@ -10,10 +13,9 @@ function listPart(one, isShown, act) {
   const item = make("li", { className: isShown ? "current" : "" }, open);
   if (!isShown) return item;
   open.setAttribute("aria-current", "true");
-  item.append(
-    button("rename", () => item.replaceChildren(renamePart(one, act)), "rename"),
-    button("export", () => save([one]), "export"), button("delete", () => act.deleted(one), "delete"),
-  );
+  item.append(button("rename", () => item.replaceChildren(renamePart(one, act)), "rename"));
+  if (hasAnswers(one)) item.append(button("export", () => save([one]), "export"));
+  item.append(button("delete", () => act.deleted(one), "delete"));
   return item;
 }
 
@@ -34,15 +36,15 @@ function renamePart(one, act) {
   return field;
 }
 
-// A row for each model that spoke, in the form `graftlm` itself reads (/load, data): one is JSON, more JSONL.
+// A row for each model that spoke, in the form `graftlm` itself reads (/load, data): one is JSON, more JSONL. A question
+// that the model was not asked, or gave no answer to, is no part of its talk.
 function rowsOf(one) {
-  const names = [...new Set(one.turns.flatMap((turn) => turn.answers.map((answer) => answer.model)))];
+  const names = [...new Set(one.turns.flatMap((turn) => turn.answers.filter(hasText).map((answer) => answer.model)))];
   return names.map((model) => {
     const messages = one.system.trim() ? [{ role: "system", content: one.system }] : [];
     for (const turn of one.turns) {
-      messages.push({ role: "user", content: turn.question });
-      const said = turn.answers.find((answer) => answer.model === model && answer.content);
-      if (said) messages.push({ role: "assistant", content: said.content });
+      const said = turn.answers.find((answer) => answer.model === model && hasText(answer));
+      if (said) messages.push({ role: "user", content: turn.question }, { role: "assistant", content: said.content });
     }
     return JSON.stringify({ title: titleOf(one), created: new Date(one.created).toISOString(), model, messages });
   });
@@ -61,7 +63,7 @@ function showTalks() {
   const act = { open: openTalk, deleted: deleteTalk };
   const newest = [...talks.values()].sort((a, b) => b.updated - a.updated);
   $("talks").replaceChildren(...newest.map((one) => listPart(one, one === talk, act)));
-  $("export-all").hidden = !newest.length;
+  $("export-all").hidden = !newest.some(hasAnswers);
 }
 
 function openTalk(one) {

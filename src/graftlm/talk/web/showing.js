@@ -25,8 +25,14 @@ function showRunning() {
 }
 
 function turnPart(turn, place) {
-  const item = make("li", { className: place < talk.from ? "turn left-out" : "turn" });
-  if (place === talk.from && place > 0) item.append(make("p", { className: "divider small", textContent: words("left_out") }));
+  const isLeftOut = turn.answers.length && turn.answers.every((answer) => place < fromOf(talk, answer.model));
+  const item = make("li", { className: isLeftOut ? "turn left-out" : "turn" });
+  const cut = Object.keys(talk.from).filter((model) => place > 0 && place === talk.from[model]);
+  if (cut.length) {
+    const isAll = turn.answers.every((answer) => cut.includes(answer.model));
+    const told = isAll ? words("left_out") : words("left_out_of", cut.join(", "));
+    item.append(make("p", { className: "divider small", textContent: told }));
+  }
   item.append(turn === editing ? editPart(turn, place) : questionPart(turn));
   const answers = make("div", { className: turn.answers.length > 1 ? "answers two" : "answers" });
   answers.append(...turn.answers.map((answer) => answerPart(answer, turn)));
@@ -49,7 +55,7 @@ function editPart(turn, place) {
     if (running || !field.value.trim()) return;
     turn.question = field.value;
     talk.turns.length = place + 1;
-    talk.from = Math.min(talk.from, place);
+    for (const model of Object.keys(talk.from)) talk.from[model] = Math.min(talk.from[model], place);
     ask(turn);
     $("text").focus();
   };
@@ -68,7 +74,8 @@ function answerPart(answer, turn) {
   const isNamed = turn.answers.length > 1 || models.length > 1;
   const name = make("h3", { textContent: answer.model, className: isNamed ? "" : "unseen" });
   const body = make("div", { className: "body", dir: "auto" });
-  const part = make("article", { className: "answer" }, name, body);
+  const isLeftOut = talk.turns.indexOf(turn) < fromOf(talk, answer.model);
+  const part = make("article", { className: isLeftOut ? "answer left-out" : "answer" }, name, body);
   parts.set(answer, part);
   paintAnswer(answer, body);
   if (answer.ending) part.append(...endParts(answer, turn));
@@ -80,11 +87,13 @@ function endParts(answer, turn) {
   const isOneOfTwo = turn.answers.length > 1 && models.some((model) => model.id === answer.model);
   const isLast = turn === talk.turns.at(-1), tools = make("div", { className: "tools" }), found = [tools];
   if (answer.content && navigator.clipboard) tools.append(copyButton(answer.content));
-  if (isLast && !running) tools.append(button(answer.problem ? "try_again" : "again", () => ask(turn, isOneOfTwo ? { only: answer } : {})));
+  const chosen = isOneOfTwo ? { only: answer.model } : {};
+  if (isLast && !running) tools.append(button(answer.problem ? "try_again" : "again", () => ask(turn, chosen)));
   if (answer.problem) {
     found.unshift(make("p", { className: "problem", textContent: problemText(answer.problem) }));
     const isLong = answer.problem.kind === "context" && Number(answer.problem.details[2]) < Number(answer.problem.details[1]);
-    if (isLast && !running && isLong && talk.turns.length - 1 > talk.from) tools.append(button("drop", () => ask(turn, { drops: true })));
+    const hasOlder = talk.turns.length - 1 > fromOf(talk, answer.model);
+    if (isLast && !running && isLong && hasOlder) tools.append(button("drop", () => ask(turn, { ...chosen, drops: true })));
   }
   const figures = [
     answer.answer_tokens !== null && words("counts", answer.prompt_tokens, answer.answer_tokens),
@@ -98,7 +107,8 @@ function endParts(answer, turn) {
 
 function problemText(problem) {
   if (!problem) return "";
-  const text = words(`problem_${problem.kind}`, ...problem.details);
+  const isLeast = problem.kind === "context" && problem.details[3]; // a long text is refused before it is counted
+  const text = words(isLeast ? "problem_context_least" : `problem_${problem.kind}`, ...problem.details);
   return problem.kind === "context" ? `${text} ${words("problem_context_fix")}` : text;
 }
 

@@ -14,6 +14,7 @@ from graftlm.talk.prompts import load_conversation
 from graftlm.talk.serving.backend import AnswerFailed
 from graftlm.talk.serving.engine import Busy
 from graftlm.talk.serving.prompting import Voice
+from graftlm.text.corpus import read_conversations
 from graftlm.text.dialogue import CARD, Template, render
 
 
@@ -180,9 +181,12 @@ def test_a_system_message_is_offered_where_the_template_has_a_place_for_it(visit
     assert "Be kind." in prompts(other)[0]
 
 
-def test_two_models_answer_side_by_side(visit, speaker, prompts, send) -> None:
-    """Both get the question, each its own history; one can be asked anew, or alone."""
-    left = speaker(["L1"], ["L2"], ["L3"], name="left")
+def test_two_models_answer_side_by_side(visit, speaker, prompts, send, tmp_path: Path) -> None:
+    """Both get the question, each its own history; one can be asked anew, or alone.
+
+    An export holds what each said: a question it was not asked, or that got no answer, is none of its talk.
+    """
+    left = speaker(["L1"], ["L2"], [AnswerFailed()], ["L3"], [threading.Event()], name="left")
     right = speaker(["R1"], ["R2"], ["R3"], name="right")
     page = visit(left, right, viewport={"width": 1200, "height": 800})
     send(page, "hi")
@@ -198,8 +202,21 @@ def test_two_models_answer_side_by_side(visit, speaker, prompts, send) -> None:
     page.get_by_text("R3", exact=True).wait_for()
     assert answers(page) == ["L1", "R1", "L2", "R3"]
     page.get_by_label("Model").select_option("left")
+    page.expected += ["500"]
+    send(page, "fails")
     send(page, "alone")
-    assert answers(page)[4:] == ["L3"]
+    assert answers(page)[4:] == ["", "L3"]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSON").click()
+    download.value.save_as(tmp_path / "said.jsonl")
+    found, dropped = read_conversations(tmp_path / "said.jsonl")
+    assert dropped.counts == {}
+    said = [[message.content for message in one.messages] for one in found]
+    assert said == [["hi", "L1", "and?", "L2", "alone", "L3"], ["hi", "R1", "and?", "R3"]]
+    page.locator("#new").click()
+    send(page, "nothing", waits=False)
+    page.get_by_role("button", name="Delete").wait_for()
+    assert page.get_by_role("button", name="Export as JSON").count() == 0
 
 
 def test_a_busy_server_is_asked_again_and_a_failing_one_told(visit, speaker, send) -> None:
@@ -238,7 +255,38 @@ def test_a_talk_beyond_the_context_is_told_and_can_go_on_without_its_oldest(
     assert page.locator(".problem").count() == 1
     page.get_by_role("button", name="Leave the oldest out").click()
     page.locator("#send:visible").wait_for()
-    assert page.locator(".left-out").count() == 1  # nothing helped: nothing more is left out
+    assert page.locator(".turn.left-out").count() == 1  # nothing helped: nothing more is left out
+    send(page, "x" * 9000)  # so long that it is refused before it is counted
+    assert re.search(
+        rf"Too long: at least \d+ tokens .* can hold {context}.", page.locator(".problem").last.inner_text()
+    )
+
+
+def test_of_two_models_only_the_one_that_is_too_short_leaves_turns_out(
+    visit, speaker, prompts, send, tokenizer
+) -> None:
+    """S9: each with its own history; the other's answer stays as it was, and so does what it is sent from then on."""
+    question = "one two three"
+    context = len(render(ask(question), tokenizer, CARD, for_reply=True).ids) + 2
+    short, long = speaker(["s1"], ["s2"], name="short", context_tokens=context), speaker(["l1"], ["l2"], name="long")
+    page = visit(short, long)
+    page.expected += ["400"]
+    send(page, "hi")
+    send(page, question)
+    assert page.locator(".problem").count() == 1
+    page.get_by_role("button", name="Leave the oldest out").click()
+    page.get_by_text("s2", exact=True).wait_for()
+    assert answers(page) == ["s1", "l1", "s2", "l2"]
+    assert page.get_by_text("no longer fit short and are not sent to it").is_visible()
+    assert (page.locator(".turn.left-out").count(), page.locator(".answer.left-out").all_inner_texts()[0][:5]) == (
+        0,
+        "short",
+    )
+    page.reload()
+    send(page, "4")
+    assert "Human:" not in prompts(short)[-1]
+    assert "Human:hi\nAssistant:l1\nHuman:one two three\nAssistant:l2\nHuman:4" in prompts(long)[-1]
+    assert len(prompts(long)) == 3
 
 
 def test_a_lost_server_and_a_wrong_key_are_told(visit, speaker, serve_models, send) -> None:
