@@ -116,7 +116,7 @@ def measure_generate(chatbot: Any, max_tokens: int) -> dict[str, Any]:
     from graftlm.talk.generate import ask as conversation
     from graftlm.talk.sampling import Sampling
 
-    sampling = Sampling(max_new_tokens=max_tokens)
+    sampling = Sampling(max_tokens=max_tokens)
     chatbot.model.generation_config = GenerationConfig()
     prompts = [chatbot.prompt(conversation(question), sampling).ids for question in QUESTIONS]
 

@@ -115,7 +115,7 @@ def says_the_same(model, tokenizer, template: Template, path: Path) -> None:
     theirs = llama_cpp.LlamaCpp(path, 512)
     for text in (*ASKED, "a  b\n\n\nc\t1234567 don't İstanbul", "鿿𠮷🧑‍🚀 é"):
         assert theirs.encode(text) == tokenizer.encode(text), text
-    greedy = Sampling(max_new_tokens=12)
+    greedy = Sampling(max_tokens=12)
     for text in ASKED:
         ids = ours.prompt(ask(text), greedy).ids
         expected = [token_id for step in ours.decode([ids], greedy) for _, token_id in step]

@@ -30,7 +30,7 @@ def test_streaming_yields_whole_characters_only(speaking, tokenizer) -> None:
 
 def test_a_character_cut_by_the_token_limit_is_left_out(speaking, tokenizer) -> None:
     ids = tokenizer.encode_continuation("a鑫")
-    answer = speaking(ids).answer(ask("hi"), Sampling(max_new_tokens=len(ids) - 1))
+    answer = speaking(ids).answer(ask("hi"), Sampling(max_tokens=len(ids) - 1))
     assert (answer.text, answer.ending) == ("a", "length")
 
 
@@ -53,8 +53,8 @@ def test_answers_stop_at_the_end_token_and_count(speaking, tokenizer) -> None:
 
 def test_batched_answers_equal_single_ones(chatbot) -> None:
     conversations = [ask(question) for question in QUESTIONS] + [ask("hello", "one two", "and three?")]
-    drawn = Sampling(1.3, repetition_penalty=1.2, max_new_tokens=16, seed=6)
-    for sampling in (Sampling(max_new_tokens=24), drawn):
+    drawn = Sampling(1.3, repetition_penalty=1.2, max_tokens=16, seed=6)
+    for sampling in (Sampling(max_tokens=24), drawn):
         single = [chatbot.answer(conversation, sampling) for conversation in conversations]
         assert chatbot.answer_many(conversations, sampling) == single
         assert len({answer.text for answer in single}) > 3
@@ -69,7 +69,7 @@ def test_answers_equal_transformers(chatbot, tokenizer) -> None:
             max_new_tokens=12, pad_token_id=0,
             bad_words_ids=[[i] for i in (*range(tokenizer.num_pieces, tokenizer.num_pieces + 20), 0, 1)],
         )  # fmt: skip
-        said = [token for step in chatbot.decode([prompt], Sampling(max_new_tokens=12)) for _, token in step]
+        said = [token for step in chatbot.decode([prompt], Sampling(max_tokens=12)) for _, token in step]
         assert output[0, len(prompt) :].tolist() == said
 
 
@@ -79,11 +79,11 @@ def test_rows_leave_the_batch_as_they_finish(chatbot, monkeypatch) -> None:
     monkeypatch.setattr(chatbot, "context_tokens", max(map(len, prompts)) + 3)
     together: dict[int, list[int]] = {}
     widths = []
-    for step in chatbot.decode(prompts, Sampling(max_new_tokens=40)):
+    for step in chatbot.decode(prompts, Sampling(max_tokens=40)):
         widths.append(len(step))
         for row, token in step:
             together.setdefault(row, []).append(token)
-    alone = [[t for step in chatbot.decode([p], Sampling(max_new_tokens=40)) for _, t in step] for p in prompts]
+    alone = [[t for step in chatbot.decode([p], Sampling(max_tokens=40)) for _, t in step] for p in prompts]
     assert [together[row] for row in range(len(prompts))] == alone
     assert widths[0] == len(prompts)
     assert widths[-1] < len(prompts) / 2
@@ -91,7 +91,7 @@ def test_rows_leave_the_batch_as_they_finish(chatbot, monkeypatch) -> None:
 
 def test_batches_bound_their_tokens(monkeypatch) -> None:
     monkeypatch.setattr(generate, "BATCH_TOKENS", 100)
-    groups = generate._batches([10, 30, 10, 80, 200], max_new_tokens=20)
+    groups = generate._batches([10, 30, 10, 80, 200], max_tokens=20)
     assert sorted(place for group in groups for place in group) == [0, 1, 2, 3, 4]
     assert groups == [[4], [3], [1, 0], [2]]
 
@@ -102,7 +102,7 @@ def test_oldest_turns_go_whole_and_are_counted(tokenizer, speaking) -> None:
     for number in range(12):
         turns += [Message("user", f"question {number}?"), Message("assistant", f"answer {number}.")]
     long = Conversation((*turns, Message("user", "last one?")))
-    prompt = bot.prompt(long, Sampling(max_new_tokens=20))
+    prompt = bot.prompt(long, Sampling(max_tokens=20))
     assert prompt.num_dropped_messages > 0
     assert prompt.num_dropped_messages % 2 == 0
     text = tokenizer.decode(prompt.ids)
@@ -112,20 +112,20 @@ def test_oldest_turns_go_whole_and_are_counted(tokenizer, speaking) -> None:
     assert f"question {first_kept}?" in text
     assert f"question {first_kept - 1}?" not in text
     assert f"answer {first_kept - 1}." not in text
-    assert bot.answer(long, Sampling(max_new_tokens=20)).num_dropped_messages == prompt.num_dropped_messages
+    assert bot.answer(long, Sampling(max_tokens=20)).num_dropped_messages == prompt.num_dropped_messages
 
 
 def test_a_question_beyond_the_context_is_refused_with_both_numbers(speaking) -> None:
     bot = speaking([5], max_positions=260)
     with pytest.raises(UserError, match=r"takes [\d,]+ tokens; of this model's 260 at most 250") as error:
-        bot.prompt(ask("hello there " * 200), Sampling(max_new_tokens=10))
+        bot.prompt(ask("hello there " * 200), Sampling(max_tokens=10))
     assert error.value.fix == "Shorten it."
     question = ask("hello there")
-    bot.context_tokens = len(bot.prompt(question, Sampling(max_new_tokens=10)).ids) + 4
+    bot.context_tokens = len(bot.prompt(question, Sampling(max_tokens=10)).ids) + 4
     with pytest.raises(UserError) as error:
-        bot.prompt(question, Sampling(max_new_tokens=10))
+        bot.prompt(question, Sampling(max_tokens=10))
     assert error.value.fix == "Shorten it, or ask for at most 4 new tokens."
-    bot.prompt(question, Sampling(max_new_tokens=4))
+    bot.prompt(question, Sampling(max_tokens=4))
 
 
 def test_a_conversation_the_template_refuses_is_told(speaking, tokenizer) -> None:
@@ -141,7 +141,7 @@ def test_a_conversation_the_template_refuses_is_told(speaking, tokenizer) -> Non
 def test_generation_ends_where_the_context_ends(chatbot, monkeypatch) -> None:
     prompt = chatbot.prompt(ask("hello"), Sampling()).ids
     monkeypatch.setattr(chatbot, "context_tokens", len(prompt) + 5)
-    said = [token for step in chatbot.decode([prompt], Sampling(max_new_tokens=400)) for _, token in step]
+    said = [token for step in chatbot.decode([prompt], Sampling(max_tokens=400)) for _, token in step]
     assert len(said) <= 5
 
 
@@ -170,7 +170,7 @@ def test_a_folder_talks_as_the_model_it_was_saved_from(tmp_path: Path, tokenizer
     save_causal(model, tmp_path / "m", also=lambda folder: tokenizer.save(folder, chat_template=CARD.jinja))
     loaded = load_chatbot(tmp_path / "m", device="cpu")
     assert loaded.template == CARD
-    sampling = Sampling(max_new_tokens=16)
+    sampling = Sampling(max_tokens=16)
     assert loaded.answer(ask("hello"), sampling) == chatbot.answer(ask("hello"), sampling)
 
 

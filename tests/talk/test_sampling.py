@@ -60,9 +60,10 @@ def test_nothing_without_probability_is_drawn_at_the_very_end() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 2.1}, {"top_p": -0.1},
               {"top_p": 1.5}, {"top_k": -1},
-              {"repetition_penalty": 0.0}, {"max_new_tokens": 0}],
+              {"repetition_penalty": 0.0}, {"max_tokens": 0}],
 )  # fmt: skip
 def test_impossible_values_are_told(wrong: dict) -> None:
     name, value = next(iter(wrong.items()))
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name} is {value}") as error:
         Sampling(**wrong)
+    assert f"--{name.replace('_', '-')}, or" in error.value.fix

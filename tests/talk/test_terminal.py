@@ -162,7 +162,7 @@ def test_a_question_too_long_is_told_and_forgotten(speaking, tokenizer, monkeypa
 
 def test_cut_answers_and_lost_turns_are_told(speaking, tokenizer) -> None:
     bot = speaking(tokenizer.encode_continuation("one two three"), max_positions=220)
-    screen = talk(bot, *["what is the capital of France?"] * 14, sampling=Sampling(max_new_tokens=2))
+    screen = talk(bot, *["what is the capital of France?"] * 14, sampling=Sampling(max_tokens=2))
     assert "(cut after 2 tokens)" in screen
     assert "no longer fit and were left out" in screen
 
@@ -201,8 +201,8 @@ def test_a_talk_can_begin_with_a_system_message(greeter, monkeypatch) -> None:
 
 
 def test_params_are_shown_and_changed(greeter) -> None:
-    screen = talk(greeter, "/params", "/params temperature=0.7 max_new_tokens=1", "hi", "/params")
-    assert "temperature=0 top_p=1 top_k=0 repetition_penalty=1 max_new_tokens=512 seed=0" in screen
+    screen = talk(greeter, "/params", "/params temperature=0.7 max_tokens=1", "hi", "/params")
+    assert "temperature=0 top_p=1 top_k=0 repetition_penalty=1 max_tokens=512 seed=0" in screen
     assert screen.count("temperature=0.7") == 2
     assert "(cut after 1 tokens)" in screen
 

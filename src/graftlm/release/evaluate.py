@@ -290,7 +290,7 @@ def answer_timed(
 
     A question that does not fit the model's context is answered with nothing.
     """
-    sampling = Sampling(max_new_tokens=max_answer_tokens)
+    sampling = Sampling(max_tokens=max_answer_tokens)
     answers: list[Answer] = []
     began = time.perf_counter()
     for asked in progress(conversations, len(conversations), "answers"):

@@ -62,7 +62,7 @@ def judge_states(
         heldout.append(_figures(name, model, tokenizer, template, conversations, device, heldout[:1]))
         if picked:
             answers = Chatbot(model, tokenizer, template).answer_many(
-                [_asked(c) for c in picked], Sampling(max_new_tokens=max_answer_tokens), f"samples, {name}"
+                [_asked(c) for c in picked], Sampling(max_tokens=max_answer_tokens), f"samples, {name}"
             )
             for sample, answer in zip(samples, answers, strict=True):
                 sample["answers"][name] = answer.text
@@ -124,7 +124,7 @@ def answer_exact(
         _question(line, f"{questions}:{n}") for n, line in enumerate(read_lines(Path(questions)), 1) if line.strip()
     ]
     asked = [_asked(Conversation(tuple(Message(m["role"], m["content"]) for m in row["messages"]))) for row in rows]
-    answers = chatbot.answer_many(asked, Sampling(max_new_tokens=max_answer_tokens), "questions")
+    answers = chatbot.answer_many(asked, Sampling(max_tokens=max_answer_tokens), "questions")
     kinds: dict[str, dict[str, Any]] = {}
     for row, answer in zip(rows, answers, strict=True):
         row["answer"] = answer.text

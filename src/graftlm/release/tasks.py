@@ -134,7 +134,7 @@ def _is_text(value: Any) -> bool:
 
 def answer_task(chatbot: Chatbot, task: Task, max_answer_tokens: int, label: str = "questions") -> TaskResult:
     """Answer every question at temperature 0: exact means equal after stripping spaces."""
-    sampling = Sampling(max_new_tokens=max_answer_tokens)
+    sampling = Sampling(max_tokens=max_answer_tokens)
     prompts = []
     is_asked = np.ones(len(task.questions), dtype=bool)
     for place, one in enumerate(task.questions):

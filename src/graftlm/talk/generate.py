@@ -125,11 +125,11 @@ class Chatbot:
     def prompt(self, conversation: Conversation, sampling: Sampling) -> Prompt:
         """Render for a reply; while it does not fit the context, the oldest turn goes, whole.
 
-        A system message stays. Room is kept for the answer: `max_new_tokens`, or a quarter of the context if that
+        A system message stays. Room is kept for the answer: `max_tokens`, or a quarter of the context if that
         is less. Raises UserError with both numbers when the last question alone does not fit, and with the template's
         reason when it does not take the conversation.
         """
-        room = self.context_tokens - min(sampling.max_new_tokens, self.context_tokens // 4)
+        room = self.context_tokens - min(sampling.max_tokens, self.context_tokens // 4)
         num_dropped = 0
         while True:
             ids = render_or_tell(conversation, self.tokenizer, self.template, for_reply=True).ids
@@ -172,7 +172,7 @@ class Chatbot:
     ) -> list[Answer]:
         """Answers to prompts already rendered, in their order; `reach` is told how many have ended."""
         answers: dict[int, Answer] = {}
-        for places in _batches([len(prompt.ids) for prompt in prompts], sampling.max_new_tokens):
+        for places in _batches([len(prompt.ids) for prompt in prompts], sampling.max_tokens):
             texts = dict.fromkeys(places, "")
             characters = {place: Characters(self.tokenizer) for place in places}
             counts = dict.fromkeys(places, 0)
@@ -208,7 +208,7 @@ class Chatbot:
 
     def _decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
         longest = max(map(len, prompts))
-        limits = [min(sampling.max_new_tokens, self.context_tokens - len(prompt)) for prompt in prompts]
+        limits = [min(sampling.max_tokens, self.context_tokens - len(prompt)) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         draws = [Draw(sampling) for _ in prompts]
         cache = DynamicCache(config=self.model.config)
@@ -333,12 +333,12 @@ def _without_oldest_turn(conversation: Conversation) -> Conversation | None:
     return replace(conversation, messages=system + tuple(turns[later[0] :])) if later else None
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Places 0..len-1 in groups of similar length that fit `BATCH_TOKENS` with their answers."""
     groups: list[list[int]] = []
     # Longest first: what does not fit the memory fails at once, and the first bar of progress is the slowest.
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        room = max(1, BATCH_TOKENS // (lengths[groups[-1][0]] + max_new_tokens)) if groups else 0
+        room = max(1, BATCH_TOKENS // (lengths[groups[-1][0]] + max_tokens)) if groups else 0
         if groups and len(groups[-1]) < min(BATCH_ROWS, room):
             groups[-1].append(place)
         else:

@@ -37,7 +37,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
+    max_tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,11 +46,15 @@ class Sampling:
             "top_p": (0 <= self.top_p <= 1, "from 0 to 1 (1 switches it off)"),
             "top_k": (self.top_k >= 0, "0 (off) or a count"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 switches it off)"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
         }
         for name, (is_good, expected) in wanted.items():
             if not is_good:
-                raise UserError(f"{name} is {getattr(self, name)}, expected {expected}.", f"Give another {name}.")
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, expected {expected}.",
+                    f"Give another {flag}, or in a talk /params {name}=….",
+                )
 
 
 GREEDY = Sampling()

@@ -34,7 +34,7 @@ def test_a_whole_answer_equals_the_chatbot_s(server, expected) -> None:
     answer = server.client().chat.completions.create(
         model="tiny", messages=user("hello"), temperature=0, max_completion_tokens=16
     )
-    single = expected("hello", Sampling(max_new_tokens=16))
+    single = expected("hello", Sampling(max_tokens=16))
     assert answer.choices[0].message.content == single.text
     assert answer.choices[0].finish_reason == "length"
     usage = answer.usage
@@ -128,7 +128,7 @@ def test_thirty_two_clients_stream_at_once(server, expected) -> None:
             return await asyncio.gather(*(one(client, question) for question in questions))
 
     answers = asyncio.run(everyone())
-    assert answers == [expected(question, Sampling(max_new_tokens=12)).text for question in questions]
+    assert answers == [expected(question, Sampling(max_tokens=12)).text for question in questions]
     assert server.engine.cache_bytes <= server.engine.budget_tokens * server.engine._slots.token_bytes
 
 

@@ -87,7 +87,7 @@ def check_parity(chatbot: Chatbot, listener: Listener, samplings: Sequence[Sampl
         assert (last.num_tokens, last.finish == "stop") == (single.answer_tokens, single.ending == "end")
 
 
-DRAWN = (Sampling(max_new_tokens=12), Sampling(1.2, 0.9, 40, 1.3, 9, 5), Sampling(1.0, max_new_tokens=7, seed=2))
+DRAWN = (Sampling(max_tokens=12), Sampling(1.2, 0.9, 40, 1.3, 9, 5), Sampling(1.0, max_tokens=7, seed=2))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_answers_equal_the_single_ones_whoever_joins(chatbot, run, limits) -> No
 
 def test_whoever_is_sent_back_for_want_of_memory_says_the_same(chatbot, run) -> None:
     """Rows grow beyond a step of places while three run: one must go and come back."""
-    sampling, questions = Sampling(max_new_tokens=60), ["hello", "x", "how are you?", "hi"]
+    sampling, questions = Sampling(max_tokens=60), ["hello", "x", "how are you?", "hi"]
     listener = run(chatbot, budget_tokens=rounded_places(512))
     lengths = [len(chatbot.prompt(ask(question), sampling).ids) for question in questions]
     assert max(lengths) < rounded_places(1) < max(lengths) + 60
@@ -123,7 +123,7 @@ def test_long_prompts_are_read_in_parts(chatbot, run, monkeypatch) -> None:
 
 def test_what_others_have_read_is_not_read_again(chatbot, run) -> None:
     """The frame of the template, and a whole prompt where several answers to it are wanted."""
-    sampling = Sampling(max_new_tokens=30)
+    sampling = Sampling(max_tokens=30)
     listener = run(chatbot)
     prompts = [chatbot.prompt(ask(question), sampling).ids for question in ("hello", "hello", "what is it?", "hello")]
     asks = [Ask(ids, sampling) for ids in prompts]
@@ -158,7 +158,7 @@ def test_sliding_windows_hide_what_is_far(tokenizer, run, config_class) -> None:
 def test_a_full_queue_refuses_with_a_time(endless, run) -> None:
     """S1: beyond the bound nothing is queued."""
     listener = run(endless, max_rows=1, max_waiting=2)
-    forever = Ask([1, 5], Sampling(max_new_tokens=50_000))
+    forever = Ask([1, 5], Sampling(max_tokens=50_000))
     tickets = [listener.ask(0, forever)]
     while not listener.engine.num_running:
         time.sleep(0.002)
@@ -174,7 +174,7 @@ def test_a_full_queue_refuses_with_a_time(endless, run) -> None:
 def test_whoever_leaves_costs_no_further_step(endless, run) -> None:
     """S3: after a cancel at most the step under way is finished."""
     listener = run(endless)
-    ticket = listener.ask(0, Ask([1, 5], Sampling(max_new_tokens=50_000)))
+    ticket = listener.ask(0, Ask([1, 5], Sampling(max_tokens=50_000)))
     while listener.engine.counts.answer_tokens < 3:
         time.sleep(0.002)
     listener.engine.cancel(ticket)
@@ -196,7 +196,7 @@ def test_a_failing_answer_leaves_the_others_alone(chatbot, run, capsys) -> None:
         return forward(first, tokens)
 
     listener.engine._slots.forward = fail
-    sampling = Sampling(max_new_tokens=40)
+    sampling = Sampling(max_tokens=40)
     listener.ask(0, Ask(chatbot.prompt(ask("hello"), sampling).ids, sampling))
     listener.ask(1, Ask([1, 7, 9], sampling))
     listener.ask(2, Ask(chatbot.prompt(ask("你好"), sampling).ids, sampling))
@@ -220,7 +220,7 @@ def test_numbers_that_are_none_reach_nobody_else(tokenizer, run, chatbot) -> Non
     with torch.no_grad():
         sick.model.model.embed_tokens.weight[poison] = torch.nan
     listener = run(sick, max_rows=4)
-    sampling = Sampling(max_new_tokens=30)
+    sampling = Sampling(max_tokens=30)
     for number in range(6):
         prompt = chatbot.prompt(ask("how are you?"), sampling).ids
         listener.ask(number, Ask([*prompt, poison] * 3 if number in (1, 2) else prompt, sampling))
@@ -231,7 +231,7 @@ def test_numbers_that_are_none_reach_nobody_else(tokenizer, run, chatbot) -> Non
 
 
 def test_probabilities_are_the_model_s_own(chatbot, run) -> None:
-    sampling = Sampling(temperature=0.7, repetition_penalty=1.5, max_new_tokens=6, seed=3)
+    sampling = Sampling(temperature=0.7, repetition_penalty=1.5, max_tokens=6, seed=3)
     prompt = chatbot.prompt(ask("hello"), sampling).ids
     listener = run(chatbot)
     said = []
@@ -261,8 +261,8 @@ def test_closing_tells_whoever_still_waits(endless) -> None:
     engine = Engine(endless, max_rows=1)
     engine.start()
     listener = Listener(engine)
-    listener.ask(0, Ask([1, 5], Sampling(max_new_tokens=50_000)))
-    listener.ask(1, Ask([1, 5], Sampling(max_new_tokens=50_000)))
+    listener.ask(0, Ask([1, 5], Sampling(max_tokens=50_000)))
+    listener.ask(1, Ask([1, 5], Sampling(max_tokens=50_000)))
     engine.close()
     assert listener.last[0] is None
     assert listener.last[1] is None

@@ -227,7 +227,7 @@ class Engine:
         text, tokens, is_stopped = row.speech.take(token_id, said)
         if is_stopped:
             self._finish(row, "stop", text, tokens)
-        elif len(row.said) >= row.ask.sampling.max_new_tokens or len(row.ids) >= self.chatbot.context_tokens:
+        elif len(row.said) >= row.ask.sampling.max_tokens or len(row.ids) >= self.chatbot.context_tokens:
             rest, more = row.speech.rest()
             self._finish(row, "length", text + rest, tokens + more)
         elif text or tokens:

@@ -116,14 +116,14 @@ class _Generation(_Body):
         """Whether a stream ends with the counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def samplings(self, max_new_tokens: int, first: int = 0) -> list[Sampling]:
+    def samplings(self, max_tokens: int, first: int = 0) -> list[Sampling]:
         """How each choice of a prompt is drawn: seeds count up from the one given plus `first`, or from a fresh one."""
         seed = random.getrandbits(_SEED_BITS) if self.seed is None else self.seed
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         return [
-            Sampling(temperature, top_p, self.top_k or 0, penalty, max_new_tokens, (seed + i) % 2**64)
+            Sampling(temperature, top_p, self.top_k or 0, penalty, max_tokens, (seed + i) % 2**64)
             for i in range(first, first + self.num_choices)
         ]
 

@@ -197,7 +197,7 @@ class VllmBackend:
     def _body(self, ask: Ask) -> dict[str, Any]:
         sampling = ask.sampling
         asked: dict[str, Any] = {
-            **self.fixed, "prompt": ask.prompt_ids, "max_tokens": sampling.max_new_tokens,
+            **self.fixed, "prompt": ask.prompt_ids, "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p or LEAST_TOP_P,  # vLLM refuses 0
             "repetition_penalty": sampling.repetition_penalty, "seed": sampling.seed % 2**63,
         }  # fmt: skip

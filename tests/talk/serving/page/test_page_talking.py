@@ -150,7 +150,7 @@ def test_parameters_and_system_message_reach_the_model(visit, speaker, prompts, 
     send(page, "hi")
     drawn = model.backend.asked[0].sampling
     assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0, 0.5, 7)
-    assert (drawn.repetition_penalty, drawn.max_new_tokens, drawn.seed) == (1.25, 9, 42)
+    assert (drawn.repetition_penalty, drawn.max_tokens, drawn.seed) == (1.25, 9, 42)
     assert "Be kind.\n\nBelow is an instruction" in prompts(model)[0]
 
 
