@@ -1,6 +1,7 @@
 """Answering a file: order, resuming after a kill, bad rows, foreign outputs."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from graftlm.talk.answer_file import generate_file
 from graftlm.talk.generate import ask
 from graftlm.talk.sampling import Sampling
 
-SAMPLING = Sampling(max_new_tokens=8)
+SAMPLING = Sampling(max_tokens=8)
 QUESTIONS = ["hello", "one two three four", "what is the capital of France?", "你好", "how are you?"]
 
 
@@ -73,7 +74,7 @@ def test_bad_rows_are_told_by_line_and_left_out(chatbot, prompts, tmp_path, caps
         stream.write('{"prompt": 3}\n' + json.dumps("hello there " * 500) + '\n{"prompt": "x"}\nbad\n')
     result = generate_file(chatbot, prompts, tmp_path / "out.jsonl", SAMPLING)
     told = capsys.readouterr().err
-    assert f"{prompts}:6 prompt is a int" in told
+    assert f"{prompts}:6 prompt is a number, expected text" in told
     assert f"{prompts}:7 The question takes" in told
     assert f"{prompts}:9 not JSON" in told
     assert (result["rows"], result["bad_rows"]) == (6, 3)
@@ -90,6 +91,24 @@ def test_answers_to_other_prompts_or_of_another_model_are_not_mixed(chatbot, pro
     with pytest.raises(UserError, match=r"out\.jsonl:1 is not an answer to a row"):
         generate_file(chatbot, prompts, out, SAMPLING)
     assert out.read_bytes() == before
+
+
+def test_answers_of_other_settings_are_not_mixed(chatbot, prompts, tmp_path) -> None:
+    """Before the model is read; a file that tells of no settings is not taken for one of these."""
+    out = tmp_path / "out.jsonl"
+    generate_file(chatbot, prompts, out, SAMPLING)
+    out.write_bytes(before := out.read_bytes()[: out.read_bytes().index(b"\n") + 1])
+    warm = replace(SAMPLING, temperature=0.5, max_tokens=9)
+    with pytest.raises(
+        UserError, match=r"jsonl:1 was answered with --temperature 0\.0, not 0\.5; --max-tokens 8, not 9\."
+    ):
+        generate_file(chatbot, prompts, out, warm)
+    assert out.read_bytes() == before
+    row = json.loads(before)
+    assert row["settings"] == asdict(SAMPLING)
+    out.write_text(json.dumps({key: value for key, value in row.items() if key != "settings"}) + "\n")
+    with pytest.raises(UserError, match="with settings it does not tell"):
+        generate_file(chatbot, prompts, out, SAMPLING)
 
 
 def test_hopeless_inputs_are_refused(chatbot, prompts, tmp_path) -> None:

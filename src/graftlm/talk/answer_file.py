@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def generate_file(
 ) -> dict[str, Any]:
     """Answer every row of `input_file` (JSONL) into `output_file`; rows already there are kept.
 
-    Each answer row holds the prompt's row and line, the answer and token counts. Returns JSON-ready
+    Each answer row holds the prompt's row and line, the answer, token counts, model and settings. Returns JSON-ready
     counts: `rows`, `seconds`, `tokens` of this call, `rows_before`, `bad_rows`. A row that cannot be asked is told
     by file:line and left out. Raises UserError, DiskError.
     """
@@ -44,7 +45,7 @@ def generate_file(
     if not target.parent.is_dir():
         raise no_folder(target.parent)
     with disk_errors(target.parent):
-        done = _answered(target, {row.line: row for row in rows}, name)
+        done = _answered(target, {row.line: row for row in rows}, {"model": name, "settings": asdict(sampling)})
     asked = [row for row in rows if row.line not in done]
     readable = [row for row in asked if row.conversation is not None]
     bad = [f"{source}:{row.line} {row.problem}" for row in asked if row.conversation is None]
@@ -58,7 +59,8 @@ def generate_file(
         ):
             for row, answer in _answer_rows(chatbot, readable, sampling, bad, shown.reach):
                 if answer is not None:
-                    stream.write(json.dumps(_answer_row(row, answer, name), ensure_ascii=False) + "\n")
+                    answered = _answer_row(row, answer) | {"model": name, "settings": asdict(sampling)}
+                    stream.write(json.dumps(answered, ensure_ascii=False) + "\n")
                     stream.flush()
                     tokens += answer.answer_tokens
                     num_answered += 1
@@ -100,7 +102,7 @@ def _answer_rows(
             yield row, answers.get(row.line)
 
 
-def _answer_row(row: PromptRow, answer: Answer, model: str) -> dict[str, Any]:
+def _answer_row(row: PromptRow, answer: Answer) -> dict[str, Any]:
     return {
         "line": row.line,
         "prompt": row.value,
@@ -109,12 +111,14 @@ def _answer_row(row: PromptRow, answer: Answer, model: str) -> dict[str, Any]:
         "answer_tokens": answer.answer_tokens,
         "num_dropped_messages": answer.num_dropped_messages,
         "ending": answer.ending,
-        "model": model,
     }
 
 
-def _answered(target: Path, rows: dict[int, PromptRow], model: str) -> set[int]:
-    """Lines already answered in `target`; a half-written last row is cut off. Raises UserError on foreign rows."""
+def _answered(target: Path, rows: dict[int, PromptRow], made_by: Mapping[str, Any]) -> set[int]:
+    """Lines already answered in `target`; a half-written last row is cut off.
+
+    Raises UserError on foreign rows: of other prompts, or not `made_by` the same model with the same settings.
+    """
     if not target.exists():
         return set()
     content = target.read_bytes()
@@ -128,15 +132,28 @@ def _answered(target: Path, rows: dict[int, PromptRow], model: str) -> set[int]:
                 f"{target}:{number} is not an answer to a row of this prompts file.",
                 "Give another --output, or delete it to begin anew.",
             )
-        if row.get("model") != model:
+        different = _difference(row, made_by)
+        if different:
             raise UserError(
-                f"{target}:{number} was answered by {row.get('model')}, not by {model}.",
+                f"{target}:{number} was answered {different}.",
                 "Give another --output, or delete it to begin anew.",
             )
         lines.add(row["line"])
     if len(whole) < len(content):
         os.truncate(target, len(whole))
     return lines
+
+
+def _difference(row: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
+    """By what an answered row was made otherwise, in words; empty where by nothing."""
+    if row.get("model") != made_by["model"]:
+        return f"by {row.get('model')}, not by {made_by['model']}"
+    had, wanted = row.get("settings"), made_by["settings"]
+    if not isinstance(had, dict):
+        return "with settings it does not tell"
+    others = [key for key in wanted if had.get(key) != wanted[key]]
+    flags = [f"--{key.replace('_', '-')} {had.get(key)}, not {wanted[key]}" for key in others]
+    return f"with {'; '.join(flags)}" if flags else ""
 
 
 def _parsed(raw: bytes) -> Any:
