@@ -20,8 +20,9 @@ def test_every_form_asks_the_same(value) -> None:
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(3, "a int, expected"), ({}, "none of the keys"), ({"prompt": 3}, "prompt is a int"),
-     ({"prompt": " "}, "asks nothing"), ({"messages": {}}, "messages is a dict"), ({"messages": []}, "asks nothing"),
+    [(3, "a number, expected"), ({}, "none of the keys"), ({"prompt": None}, "prompt is null, expected text"),
+     ({"prompt": " "}, "asks nothing"), ({"messages": {}}, "messages is an object, expected a list"),
+     ({"messages": []}, "asks nothing"),
      ({"messages": [{"role": "text", "content": "x"}]}, "message 1 needs a role of system, user, assistant"),
      ({"prompt": "\ud800"}, "half a character")],
 )  # fmt: skip
@@ -33,12 +34,20 @@ def test_what_is_wrong_is_said(value, told: str) -> None:
 def test_lines_are_numbered_and_bad_bytes_told(tmp_path: Path) -> None:
     """B1, B2: BOM, CRLF, GBK, broken and deep JSON."""
     file = tmp_path / "p.jsonl"
-    lines = [b'\xef\xbb\xbf{"prompt": "a"}\r', b"", '{"prompt": "你"}'.encode("gbk"), b'{"prompt": ', b"[" * 100_000]
+    lines = [
+        b'\xef\xbb\xbf{"prompt": "a"}\r',
+        b"",
+        '{"prompt": "你"}'.encode("gbk"),
+        b'{"prompt": ',
+        b"[" * 100_000,
+        b"9" * 5000,
+    ]
     file.write_bytes(b"\n".join(lines))
     rows = list(read_prompts(file))
-    assert [(row.line, row.conversation is not None) for row in rows] == [(1, True), (3, False), (4, False), (5, False)]
-    assert "not UTF-8" in rows[1].problem
-    assert all(row.problem for row in rows[1:])
+    assert [row.line for row in rows if row.conversation is not None] == [1]
+    assert [(row.line, row.problem) for row in rows[1:]] == [
+        (3, "not UTF-8 (byte 12)"), (4, "not JSON"), (5, "not JSON"), (6, "not JSON")
+    ]  # fmt: skip
 
 
 def test_an_empty_or_foreign_file_is_no_conversation(tmp_path: Path) -> None:
@@ -48,4 +57,7 @@ def test_an_empty_or_foreign_file_is_no_conversation(tmp_path: Path) -> None:
         load_conversation(file)
     file.write_text(json.dumps({"recipe": 1}))
     with pytest.raises(UserError, match=":1 has none of the keys"):
+        load_conversation(file)
+    file.write_text("import json\n\nprint(1)\n")
+    with pytest.raises(UserError, match="x:1 not JSON, and no other of its 2 rows is a conversation"):
         load_conversation(file)

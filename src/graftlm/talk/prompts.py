@@ -42,16 +42,21 @@ def read_prompts(path: Path) -> Iterator[PromptRow]:
             if not raw.strip():
                 continue
             try:
-                value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+                value = _parsed(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
                 conversation = conversation_of(value, f"{path}:{line}")
             except UnicodeDecodeError as error:
                 yield PromptRow(line, None, None, f"not UTF-8 (byte {error.start})")
-            except (json.JSONDecodeError, RecursionError):
-                yield PromptRow(line, None, None, "not JSON")
             except ValueError as error:
                 yield PromptRow(line, None, None, str(error))
             else:
                 yield PromptRow(line, value, conversation)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # Python refuses a number of thousands of digits in words of its own
+        raise ValueError("not JSON") from None
 
 
 def conversation_of(value: Any, source: str = "") -> Conversation:
@@ -59,7 +64,7 @@ def conversation_of(value: Any, source: str = "") -> Conversation:
     if isinstance(value, str):
         value = {"prompt": value}
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, expected {FORMS}")
+        raise ValueError(f"{_kind(value)}, expected {FORMS}")
     if "messages" in value:
         messages = _messages(value["messages"])
     elif "instruction" in value:
@@ -75,7 +80,7 @@ def conversation_of(value: Any, source: str = "") -> Conversation:
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"messages is a {type(value).__name__}, expected a list")
+        raise ValueError(f"messages is {_kind(value)}, expected a list")
     messages = []
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict) or item.get("role") not in _ROLES or not isinstance(item.get("content"), str):
@@ -89,8 +94,16 @@ def _text(value: dict[str, Any], key: str, *, is_optional: bool = False) -> str:
     if text is None and is_optional:
         return ""
     if not isinstance(text, str):
-        raise ValueError(f"{key} is a {type(text).__name__}, expected text")
+        raise ValueError(f"{key} is {_kind(text)}, expected text")
     return _whole(text)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "no value of JSON")
 
 
 def _whole(text: str) -> str:
@@ -126,6 +139,9 @@ def load_conversation(path: Path, number: int | None = None) -> Conversation:
     rows = list(read_prompts(path))
     if not rows:
         raise UserError(f"{path} is empty.", "Choose a saved conversation.")
+    if all(row.conversation is None for row in rows):
+        others = f", and no other of its {len(rows):,} rows is a conversation" if len(rows) > 1 else ""
+        raise UserError(f"{path}:{rows[0].line} {rows[0].problem}{others}.", "Choose a saved conversation.")
     if number is None and len(rows) > 1:
         told = "\n".join([f"{path} holds {len(rows)} conversations:", *_titles(rows)])
         raise UserError(told, f"\nSay which: /load {path} 1")
