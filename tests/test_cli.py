@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import platform
 import shutil
@@ -167,6 +168,17 @@ def test_every_ending_has_its_exit_code(
 
 def test_the_version_is_told(run: Run) -> None:
     assert run("--version") == (0, f"graftlm {__version__}\n", "")
+
+
+def test_what_bitsandbytes_lacks_is_not_told_to_those_who_did_not_ask(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so wherever peft imports it; what else it warns of is heard."""
+    run("--version")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_a_reader_that_leaves_early_is_no_fault() -> None:

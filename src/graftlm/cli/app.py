@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import difflib
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -90,6 +91,8 @@ def main() -> None:
     _give_freed_memory_back()
     # Libraries warn their own developers of what they will rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    # Told by bitsandbytes wherever peft imports it: a product in 4 bits that nothing here computes with.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_of_a_missing_kernel)
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -107,6 +110,10 @@ def main() -> None:
     except Exception as error:
         code = _tell_other(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_not_of_a_missing_kernel(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)
 
 
 def _give_freed_memory_back() -> None:
