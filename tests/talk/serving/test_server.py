@@ -20,7 +20,7 @@ from graftlm.cli import main
 from graftlm.errors import UserError
 from graftlm.model.causal import save_causal
 from graftlm.talk.serving.serve import model_names, serve
-from graftlm.talk.serving.server import PatientProtocol, bind, host_names, read_key
+from graftlm.talk.serving.server import PatientProtocol, bind, host_names, read_key, shown_addresses
 from graftlm.text.dialogue import CARD
 
 
@@ -85,6 +85,8 @@ def test_others_are_let_in_with_a_key_only(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no key is asked for") as told:
             serve(["/nowhere"], host, 0, None, "own")
         assert "--api-key-file" in told.value.fix
+    with pytest.raises(UserError, match=r"--host-name chat\.example lets other machines in, and no key"):
+        serve(["/nowhere"], "127.0.0.1", 0, None, "own", ["chat.example"])
     key = tmp_path / "key"
     key.write_text("correct-horse-battery-staple\n")
     assert read_key(key, "0.0.0.0") == "correct-horse-battery-staple"
@@ -115,6 +117,23 @@ def test_addresses_that_cannot_be_had_are_told(tmp_path: Path) -> None:
     assert model_names([str(tmp_path / "m"), str(tmp_path / "m"), "name/on-hub"]) == ["m", "m-2", "name/on-hub"]
     assert host_names("127.0.0.1") == ()
     assert "box.example" in host_names("box.example")
+
+
+def test_a_name_of_the_user_s_is_answered_and_what_is_none_refused() -> None:
+    assert host_names("127.0.0.1", ["chat.example"]) == ("chat.example",)
+    assert host_names("0.0.0.0", ["chat.example", "box"])[:3] == ("chat.example", "box", "0.0.0.0")
+    for wrong in ("https://chat.example", "chat.example:443", "", "a b", "chat.example/", "*.example"):
+        with pytest.raises(UserError, match="is no host's name"):
+            host_names("127.0.0.1", [wrong])
+
+
+def test_the_address_told_can_be_opened() -> None:
+    """Nobody can open 0.0.0.0: this machine's own address is told, and its name for others."""
+    name = socket.gethostname()
+    assert shown_addresses("0.0.0.0", 80) == ("http://127.0.0.1:80/", f"http://{name}:80/")
+    assert shown_addresses("::", 80) == ("http://[::1]:80/", f"http://{name}:80/")
+    assert shown_addresses("192.0.2.7", 80) == ("http://192.0.2.7:80/",)
+    assert shown_addresses("2001:db8::1", 80) == ("http://[2001:db8::1]:80/",)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,8 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_allowed(host):
-            text = "This Host name is not served here: use the address that `graftlm serve` printed."
+            fix = "use the address that `graftlm serve` printed, or start it with --host-name"
+            text = f"This Host name is not served here: {fix}."
             await _refuse(send, 421, error_body(text, "invalid_request_error", None, "host_not_allowed"))
             return
         if scope["path"] not in OPEN_ROUTES and not self._has_key(headers.get(b"authorization", b"")):

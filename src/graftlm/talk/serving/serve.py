@@ -23,18 +23,29 @@ BackendName = Literal["own", "vllm"]
 MAX_MODELS = 2
 
 
-def serve(models: Sequence[str], host: str, port: int, key_file: Path | None, backend: BackendName) -> None:
-    """Serve one or two models until stopped. Raises UserError before any model is loaded where it can be told."""
+def serve(
+    models: Sequence[str],
+    host: str,
+    port: int,
+    key_file: Path | None,
+    backend: BackendName,
+    names: Sequence[str] = (),
+) -> None:
+    """Serve one or two models until stopped; `names` are the Host names a proxy asks by.
+
+    Raises UserError before any model is loaded where it can be told.
+    """
     if len(models) > MAX_MODELS:
         raise UserError(f"{len(models)} models were named.", f"Name one, or {MAX_MODELS} to compare them side by side.")
-    key = read_key(key_file, host)
+    hosts = host_names(host, names)
+    key = read_key(key_file, host, names)
     bound = bind(host, port)
     served = []
     for model, name in zip(models, model_names(models), strict=True):
         say(f"Loading {model} ...")
         served.append(_own(model, name) if backend == "own" else served_by_vllm(model, name))
     any_address = not is_loopback(host)
-    run_server(make_app(served, key=key, hosts=host_names(host), any_address=any_address), bound)
+    run_server(make_app(served, key=key, hosts=hosts, any_address=any_address), bound)
 
 
 def model_names(models: Sequence[str]) -> list[str]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ WRITE_SECONDS = 60
 DRAIN_SECONDS = 120
 MAX_CONNECTIONS = 512
 MIN_KEY_CHARACTERS = 16
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.IGNORECASE | re.ASCII)
 
 
 class PatientProtocol(H11Protocol):
@@ -103,14 +105,18 @@ class _Server(uvicorn.Server):
                 signal.signal(name, handler)
 
 
-def read_key(file: Path | None, host: str) -> str | None:
-    """The key in `file`. Raises UserError for a key that is none, and for a server others reach that asks for none."""
+def read_key(file: Path | None, host: str, names: Sequence[str] = ()) -> str | None:
+    """The key in `file`. Raises UserError for a key that is none, and for a server others reach that asks for none.
+
+    Others reach one that is bound to `host` beyond this machine, or known by `names` to a proxy.
+    """
     if file is None:
-        if is_loopback(host):
+        if is_loopback(host) and not names:
             return None
+        flag, value = ("--host-name", names[0]) if is_loopback(host) else ("--host", host)
         raise UserError(
-            f"--host {host} lets other machines in, and no key is asked for.",
-            "Add --api-key-file FILE, or leave --host out: then only this machine reaches the server.",
+            f"{flag} {value} lets other machines in, and no key is asked for.",
+            f"Add --api-key-file FILE, or leave {flag} out: then only this machine reaches the server.",
         )
     try:
         key = file.read_text(encoding="ascii").strip()
@@ -142,9 +148,25 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def host_names(host: str) -> tuple[str, ...]:
-    """Names under which a server bound to `host` may be asked for, beside the loopback's."""
-    return () if is_loopback(host) else (host.strip("[]"), socket.gethostname(), socket.getfqdn())
+def host_names(host: str, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names under which a server bound to `host` may be asked for, beside the loopback's; `names` are the user's own.
+
+    Raises UserError for one that is no name of a host.
+    """
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"--host-name {name} is no host's name.",
+                "Give the name alone, without http:// and port: --host-name chat.example.org",
+            )
+    return tuple(names) if is_loopback(host) else (*names, host.strip("[]"), socket.gethostname(), socket.getfqdn())
+
+
+def shown_addresses(host: str, port: int) -> tuple[str, ...]:
+    """Where a server bound to `host` can be asked: here, and where it differs, from other machines."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host)
+    hosts = (here, socket.gethostname()) if here else (f"[{host}]" if ":" in host else host,)
+    return tuple(f"http://{name}:{port}/" for name in hosts)
 
 
 def make_server(app: Any, on_ready: Callable[[], None], drain_seconds: int = DRAIN_SECONDS) -> uvicorn.Server:
@@ -159,11 +181,11 @@ def make_server(app: Any, on_ready: Callable[[], None], drain_seconds: int = DRA
 
 def run_server(app: Any, bound: socket.socket) -> None:
     """Serve until TERM or Ctrl-C, then let answers under way end. Raises UserError when a model cannot start."""
-    host, port = bound.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    here, *elsewhere = shown_addresses(*bound.getsockname()[:2])
+    others = f" From other machines: {elsewhere[0]}." if elsewhere else ""
 
     def ready() -> None:
-        say(f"Ready: http://{shown}:{port}/ (page), http://{shown}:{port}/v1 (OpenAI's API). Ctrl-C stops it.")
+        say(f"Ready: {here} (page), {here}v1 (OpenAI's API).{others} Ctrl-C stops it.")
 
     server = make_server(app, ready)
     server.run(sockets=[bound])
