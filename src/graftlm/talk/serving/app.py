@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from graftlm.talk.serving.backend import AnswerFailed, Backend, Pieces
-from graftlm.talk.serving.complaints import complaint
+from graftlm.talk.serving.complaints import UNREADABLE, complaint
 from graftlm.talk.serving.engine import Busy
 from graftlm.talk.serving.guard import Guard, error_body
 from graftlm.talk.serving.metrics import Metrics
@@ -280,7 +280,6 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def wrong(http: Request, error: HTTPException) -> Response:
-        text = {404: "There is no such route.", 405: f"{http.method} is not done here."}.get(
-            error.status_code, str(error.detail)
-        )
+        told = {404: "There is no such route.", 405: f"{http.method} is not done here.", 400: UNREADABLE}
+        text = told.get(error.status_code, str(error.detail))
         return JSONResponse(error_body(text, "invalid_request_error"), error.status_code, error.headers)

@@ -22,6 +22,9 @@ WHY = {
 }  # fmt: skip
 """Why a field is taken only at the value that changes nothing."""
 
+UNREADABLE = "The body is no JSON that can be read: UTF-8, not nested deeply, no number of thousands of digits."
+"""Of a body that the framework could not parse, and has only a word of its own for."""
+
 _KINDS = {
     "string_type": "text", "list_type": "a list", "int_type": "a whole number", "int_from_float": "a whole number",
     "float_type": "a number", "finite_number": "a finite number", "bool_type": "true or false",
