@@ -183,6 +183,15 @@ def test_a_run_folder_stands_for_its_finished_model(tmp_path: Path, tokenizer, c
     assert load_chatbot(tmp_path, device="cpu").template == CARD
 
 
+def test_what_is_not_in_a_run_folder_is_no_step_of_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(UserError, match=r"There is no model folder .*nope"):
+        load_chatbot(tmp_path / "nope")
+    (tmp_path / "4-full").mkdir()
+    with pytest.raises(UserError, match="a step of a run that is not finished"):
+        load_chatbot(tmp_path / "4-full")
+
+
 def test_more_ids_than_rows_is_told_before_weights_are_read(tmp_path: Path, tokenizer) -> None:
     """T1: a tokenizer of another size than the model, found without touching the weights."""
     small = new_causal(num_rows=100, hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8)

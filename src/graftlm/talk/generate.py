@@ -297,7 +297,7 @@ def model_of_run(path: str | Path) -> str | Path:
         if not finished:
             raise UserError(f"The run in {folder} has no finished model yet.", "Run its recipe again to continue it.")
         return finished[0]
-    if (folder.absolute().parent / RECIPE).is_file() and not (folder / DONE).is_file():
+    if folder.is_dir() and (folder.absolute().parent / RECIPE).is_file() and not (folder / DONE).is_file():
         raise UserError(f"{folder} is a step of a run that is not finished.", "Run its recipe again to continue it.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
