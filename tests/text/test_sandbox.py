@@ -60,6 +60,7 @@ def render(source: str) -> str:
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
         ("{% include '/etc/passwd' %}", "loader"),
         ("{{ raise_exception('not like this') }}", "^not like this$"),
+        ("{{ raise_exception('not like this.') }}", "^not like this$"),
         ("{{ messages[0].missing.field }}", "no attribute"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],

@@ -124,7 +124,7 @@ def render_or_tell(
     except TemplateRefused as refusal:
         roles = ", ".join(dict.fromkeys(message.role for message in conversation.messages))
         # A template raises in words of its own: they must not move the cursor either.
-        reason = "".join(c if c.isprintable() else " " for c in str(refusal))[:200].rstrip(" .")
+        reason = "".join(c if c.isprintable() else " " for c in str(refusal))[:200]
         raise UserError(
             f"The model's chat template does not take messages of {roles}: {reason}.",
             "Leave out what it refuses, or mend the template beside the tokenizer (chat_template.jinja or "

@@ -150,6 +150,11 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _reason(error: BaseException) -> str:
+    """What jinja, Python or a template's author says, without the stop at its end: it becomes part of a sentence."""
+    return str(error).rstrip(" .?") or type(error).__name__
+
+
 def _environment() -> _BoundedEnvironment:
     """transformers' settings, bounded. Source: transformers/utils/chat_template_utils.py (Apache-2.0)."""
     return _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -173,7 +178,7 @@ def compile_template(source: str) -> Callable[..., str]:
         line = getattr(error, "lineno", None)
         where = f" at line {line}" if line else ""
         raise UserError(
-            f"The chat template cannot be read{where}: {error}.", "Mend it, or choose card or alpaca."
+            f"The chat template cannot be read{where}: {_reason(error)}.", "Mend it, or choose card or alpaca."
         ) from None
 
     def render(**variables: Any) -> str:
@@ -184,9 +189,9 @@ def compile_template(source: str) -> Callable[..., str]:
                 environment.budget.spend(len(part))
                 parts.append(part)
         except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-            raise TemplateRefused(str(error) or type(error).__name__) from None
+            raise TemplateRefused(_reason(error)) from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise TemplateRefused(f"{type(error).__name__}: {error}") from None
+            raise TemplateRefused(f"{type(error).__name__}: {_reason(error)}") from None
         return "".join(parts)
 
     return render
