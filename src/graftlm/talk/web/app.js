@@ -34,6 +34,7 @@ function showSide(isOpen) {
 }
 
 function say(text) {
+  if (running && running.talk !== talk && text.trim()) toast(words("busy_elsewhere", titleOf(running.talk)), "stop", stop);
   if (running || !text.trim() || !models.length) return false;
   const turn = { question: text.toWellFormed?.() ?? text, answers: [] };
   talk.turns.push(turn);

@@ -73,6 +73,12 @@ def test_reload_keeps_conversations_even_one_under_way(visit, speaker, send) -> 
     page.locator("#new").click()
     send(page, "two", waits=False)
     page.get_by_text("part", exact=True).wait_for()
+    page.locator("#talks .open", has_text="one").click()
+    page.locator("#text").fill("and?")
+    page.locator("#text").press("Enter")  # one at a time: told, and the text stays
+    assert page.get_by_text("“two” is being answered. Wait for it, or stop it.").is_visible()
+    assert page.locator("#text").input_value() == "and?"
+    page.locator("#talks .open", has_text="two").click()
     page.reload()
     assert answers(page) == ["part"]
     assert page.locator(".figures").inner_text() == "stopped"
