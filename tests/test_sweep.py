@@ -13,7 +13,7 @@ from graftlm.errors import NumericalStop, UserError
 from graftlm.recipe_file import load_recipe
 from graftlm.release.trend import fit_power_law
 from graftlm.step import LINKED_BYTES, Step
-from graftlm.sweep import SweepResult, cells_of, load_sweep, run_sweep
+from graftlm.sweep import SweepResult, cells_of, load_sweep, missing_files, run_sweep
 
 GRID = {
     "recipe": "tiny.yaml",
@@ -188,6 +188,16 @@ def test_a_sweep_that_is_none_is_told(tmp_path: Path, changes: dict, told: str) 
     with pytest.raises(UserError) as error:
         load_sweep(path)
     assert told in error.value.problem
+
+
+def test_a_file_that_is_missing_is_told_and_nothing_written(tmp_path: Path) -> None:
+    """P3: by --check too, which needs none of them."""
+    write_tiny_recipe(tmp_path)
+    sweep = load_sweep(write_sweep(tmp_path), ["data.sources.0.path=nowhere.jsonl"])
+    assert [Path(path).name for path in missing_files(sweep, tmp_path / "out")] == ["nowhere.jsonl"]
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        run_sweep(sweep, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_strangers_folder_and_the_wrong_verb(finished: tuple[Path, SweepResult], tmp_path: Path) -> None:

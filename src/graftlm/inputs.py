@@ -36,10 +36,15 @@ def new_language_texts(recipe: Recipe) -> tuple[str, ...]:
     return recipe.tokenizer.text or dialogues
 
 
+def missing_inputs(recipe: Recipe) -> list[str]:
+    """The local paths of the recipe that do not exist."""
+    paths = {path for named in inputs_of(recipe).values() for path in named}
+    return sorted(path for path in paths if not Path(path).exists() and not looks_like_hub_id(path))
+
+
 def check_inputs(recipe: Recipe) -> None:
     """Every local path of the recipe must exist before the first step: told all at once. Raises UserError."""
-    paths = {path for named in inputs_of(recipe).values() for path in named}
-    missing = sorted(path for path in paths if not Path(path).exists() and not looks_like_hub_id(path))
+    missing = missing_inputs(recipe)
     if missing:
         listed = "".join(f"\n  {path}" for path in missing)
         count = "a path that does" if len(missing) == 1 else f"{len(missing)} paths that do"

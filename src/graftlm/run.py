@@ -168,6 +168,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def make_folder(folder: Path, *, may_exist: bool = True) -> None:
+    """Make a folder and those it lies in. Raises UserError where none can be made, as in /proc."""
+    try:
+        folder.mkdir(parents=True, exist_ok=may_exist)
+    except FileNotFoundError:
+        raise UserError(f"No folder can be made in {folder.parent}.", "Choose another --out.") from None
+
+
 class Metrics:
     """An append-only `metrics.jsonl`: one JSON object a line, flushed line by line, readable after kill -9."""
 
@@ -223,7 +231,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         self._refuse_foreign()
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock = (self.folder / LOCK).open("a+")
         try:
             self._take_lock()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import NumericalStop, UserError
+from graftlm.inputs import missing_inputs
 from graftlm.mistakes import Lines, nearest
 from graftlm.pipeline import run_recipe
 from graftlm.recipe import Recipe
@@ -23,7 +24,7 @@ from graftlm.recipe_file import load_recipe, read_tree
 from graftlm.release.compare import compare_models
 from graftlm.release.compare_page import write_comparison
 from graftlm.release.trend import OVER, facts_of, trend_chapters
-from graftlm.run import disk_errors, read_json, say, write_json
+from graftlm.run import disk_errors, make_folder, read_json, say, write_json
 
 SWEEP = "sweep.json"
 MAX_CELLS = 64
@@ -223,6 +224,18 @@ def _yaml(value: Any) -> str:
     return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
 
 
+def _recipes(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Recipe]:
+    return {cell.name: load_recipe(sweep.recipe, cell.overrides, needs_files=True) for cell in cells}
+
+
+def missing_files(sweep: Sweep, out: Path) -> list[str]:
+    """Paths that a run in `out` would read and that are not there; what is run first writes its own."""
+    recipes = [load_recipe(recipe) for recipe in sweep.first]
+    recipes += [load_recipe(sweep.recipe, cell.overrides) for cell in cells_of(sweep, out)]
+    missing = {path for recipe in recipes for path in missing_inputs(recipe)}
+    return sorted(path for path in missing if not Path(path).is_relative_to(out.resolve() / "first"))
+
+
 def run_sweep(sweep: Sweep, out: Path) -> SweepResult:
     """Run every cell in `out`, each in a folder of its own, then write `comparison.html` there.
 
@@ -230,11 +243,14 @@ def run_sweep(sweep: Sweep, out: Path) -> SweepResult:
     Interrupted; NumericalStop where fewer than two cells came to an end.
     """
     cells = cells_of(sweep, out)
+    firsts = {recipe.stem: load_recipe(recipe, needs_files=True) for recipe in sweep.first}
+    # Before anything is written, unless what is run first may write what a cell reads.
+    recipes = {} if firsts else _recipes(sweep, cells)
     _claim(sweep, out)
-    for recipe in sweep.first:
-        say(f"== first: {recipe.stem}")
-        run_recipe(load_recipe(recipe, needs_files=True), out / "first" / recipe.stem)
-    recipes = {cell.name: load_recipe(sweep.recipe, cell.overrides, needs_files=True) for cell in cells}
+    for name, recipe in firsts.items():
+        say(f"== first: {name}")
+        run_recipe(recipe, out / "first" / name)
+    recipes = recipes or _recipes(sweep, cells)
     write_json(out / SWEEP, {"name": sweep.name, "cells": [asdict(cell) for cell in cells]})
     relatives = [out / cell.name for cell in cells]
     result, models, stops = SweepResult(), {}, []
@@ -280,7 +296,7 @@ def _claim(sweep: Sweep, out: Path) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} already holds something that is no sweep.", elsewhere)
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     if not mark.is_file():
         write_json(mark, {"name": sweep.name, "cells": []})
 

@@ -89,6 +89,12 @@ def test_a_full_disk_is_told_whatever_library_meets_it(tmp_path: Path, number: i
         raise SafetensorError("header too large")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
+def test_a_place_that_takes_no_folder_is_told() -> None:
+    with pytest.raises(UserError, match="No folder can be made in /proc"):
+        write_folder(Path("/proc/x"), lambda _: None)
+
+
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", write)
     (tmp_path / "secret").write_text("x")

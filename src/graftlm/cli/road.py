@@ -59,12 +59,18 @@ def sweep(
 
     Run it again to continue. Example: graftlm sweep recipes/experiments/data-scale.yaml --out runs/data-scale
     """
-    from graftlm.sweep import cells_of, load_sweep, run_sweep
+    from graftlm.run import say
+    from graftlm.sweep import cells_of, load_sweep, missing_files, run_sweep
 
     loaded = load_sweep(grid, overrides or ())
     folder = out or Path("runs") / loaded.name
     if check_only:
-        show({"cells": {cell.name: list(cell.overrides) for cell in cells_of(loaded, folder)}}, as_json)
+        missing = missing_files(loaded, folder)
+        show({
+            "cells": {cell.name: list(cell.overrides) for cell in cells_of(loaded, folder)}, "missing_files": missing,
+        }, as_json)  # fmt: skip
+        if missing:
+            say(f"The recipes are sound. To run them, put in place first: {', '.join(missing)}")
         return
     result = run_sweep(loaded, folder)
     if as_json:

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from graftlm.errors import UserError
-from graftlm.run import disk_errors, progress, read_json, write_json
+from graftlm.run import disk_errors, make_folder, progress, read_json, write_json
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
@@ -251,7 +251,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> dict[str, str]:
     scratch = folder.with_name(f".{folder.name}.saving")
     with disk_errors(folder.parent):
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        make_folder(scratch, may_exist=False)
         try:
             with system_errors():
                 write(scratch)
