@@ -172,8 +172,9 @@ def export_run(folder: Path, to: str, out: Path | None, quantization: str | None
 def _export_folder(folder: Path, to: str, out: Path, quantization: Quantization) -> Manifest:
     """What can be made of a model folder alone."""
     if to != "gguf" or not (folder / "config.json").is_file():
+        found = "it holds no recipe.json" if folder.is_dir() else "there is no folder of that name"
         raise UserError(
-            f"{folder} is no run folder: it holds no recipe.json.",
+            f"{folder} is no run folder: {found}.",
             "Give the folder of `graftlm run --out`" + (", or a model folder." if to == "gguf" else "."),
         )
     model = Path(model_of_run(folder))

@@ -224,7 +224,8 @@ def test_a_whole_folder_is_used_and_code_in_it_never_runs(
     ("arguments", "told"),
     [
         (["chat", "model.gguf", "--once", "hi"], "model.gguf is a GGUF file"),
-        (["export", "nowhere", "--to", "gguf"], "nowhere is no run folder"),
+        (["export", "nowhere", "--to", "gguf"], "nowhere is no run folder: there is no folder of that name"),
+        (["card", "nowhere"], "nowhere is no run folder: there is no folder of that name"),
         (["export", "adapter", "--to", "gguf"], "adapter is no run folder"),
         (["chat", "adapter", "--once", "hi"], "is an adapter, not a whole model"),
         (["card", "adapter"], "adapter is no run folder"),

@@ -50,9 +50,8 @@ def card_text(folder: Path, to: Form = "hf", gguf: str = "") -> str:
     Raises UserError when it is no run folder, or its training has not ended.
     """
     if not (folder / RECIPE).is_file():
-        raise UserError(
-            f"{folder} is no run folder: it holds no {RECIPE}.", "Give the folder of `graftlm run RECIPE --out DIR`."
-        )
+        found = f"it holds no {RECIPE}" if folder.is_dir() else "there is no folder of that name"
+        raise UserError(f"{folder} is no run folder: {found}.", "Give the folder of `graftlm run RECIPE --out DIR`.")
     run = read_run(folder)
     _refuse_untrained(run, folder)
     told = _told(run, folder) | {"to": to, "gguf": _Raw(gguf)}

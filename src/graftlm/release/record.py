@@ -68,7 +68,7 @@ def read_run(folder: Path) -> RunRecord:
     scratch = recipe["base"].get("scratch")
     if scratch:
         asked["0-scratch"] = scratch["training"]
-    seeds = {"0-scratch": recipe["seed"]}
+    seeds = {"0-scratch": recipe.get("seed")}
     stages = [_stage(path, asked[path.name], seeds.get(path.name)) for path in folders if path.name in asked]
     return RunRecord(
         recipe=recipe,
