@@ -161,9 +161,7 @@ def _tokenizer_in(folder: Path) -> Tokenizer | None:
 
 
 def _token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    if tokenizer is None or not tokenizer.has_piece(token_id):
-        return ""
-    return tokenizer.decode_continuation([token_id]) or tokenizer.piece(token_id)
+    return "" if tokenizer is None else tokenizer.name_of(token_id)
 
 
 def _run_in(folder: Path) -> _Run | None:
