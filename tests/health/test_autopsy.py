@@ -101,6 +101,33 @@ def test_a_crash_is_one_finding_with_count_and_place_and_cut(tmp_path: Path) -> 
     assert "0.09 of the recipe's rates" in told.finding.cure
 
 
+def test_where_one_roles_rate_was_cut_the_line_is_of_that_role_alone(tmp_path: Path) -> None:
+    def cut(number: int) -> dict[str, Any]:
+        return {**rollback(20, 30, number), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.3**number}}
+
+    blamed = incident(30, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["new_rows"], loss=5.0, best=3.3)
+    attempts = [*good(1, 20)]
+    for number in (1, 2):
+        attempts += [*climb(21, 30, 4, 7), blamed, cut(number)]
+    mended = autopsy(write_run(tmp_path / "mended", [[*attempts, *good(21, 90)]]))
+    assert (mended.verdict, mended.changes) == ("recovered", ["stages.lora.groups.new_rows.peak_lr=9e-05"])
+    [told] = mended.diagnoses
+    assert "It came through with the recipe's rates, the new rows at 0.09 of theirs." in told.finding.cure
+    stop = {"event": "stopped", "step": 30, "text": "lora, step 30: the loss rose. 2 rollbacks did not help."}
+    dead = autopsy(write_run(tmp_path / "dead", [[*attempts, *climb(21, 30, 4, 7), blamed, stop]]))
+    # The new rows' own 1e-3 has come down to 9e-5, below the stage's 3e-4: now all are cut.
+    assert dead.changes == ["stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=2.7e-05"]
+
+
+def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> None:
+    def held(step: int, loss: float) -> dict[str, Any]:
+        return {"event": "heldout", "step": step, "new": {"loss_per_answer_token": loss}}
+
+    for last, verdict in ((8.9, "diverged"), (8.0, "recovered")):
+        lines = [held(0, 8.8), *recovered(), held(90, last)]
+        assert autopsy(write_run(tmp_path / verdict, [lines])).verdict == verdict
+
+
 def test_a_stop_that_was_gone_on_from_is_no_end(tmp_path: Path) -> None:
     found = autopsy(write_run(tmp_path, [[*crashed(), rollback(20, 23, 3), *good(21, 80)]]))
     assert (found.verdict, found.courses[0].log.ending) == ("recovered", "")

@@ -6,14 +6,16 @@ a token or row is called, and what the recipe asked, is handed in by `autopsy.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from graftlm.health.cures import RATE_CUT, START, Asked, recipe_lines
+from graftlm.health.cures import START, Asked, recipe_lines
 from graftlm.health.curves import diagnose_curves
 from graftlm.health.finding import Finding, Verdict
 from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.rates import RATE_CUT, RateCuts, rate_cuts_of
 from graftlm.health.records import RunLog
 
 State = Literal["finished", "stopped", "unfinished", "log"]
@@ -89,10 +91,17 @@ def _incident(line: Mapping[str, Any]) -> Incident:
     return Incident(**values)
 
 
-def _rate_factor(course: Course) -> float:
+def _taken(course: Course) -> RateCuts:
+    """What rollbacks had left of the recipe's rates."""
+    return rate_cuts_of(course.log.interventions[-1]) if course.log.interventions else RateCuts()
+
+
+def _proposed(course: Course, asked: Asked, culprits: Sequence[str]) -> RateCuts:
     """What of the recipe's rates a new run should take: what the run came through with, else one cut more."""
-    taken = course.log.interventions[-1].get("rate_factor", 1.0) if course.log.interventions else 1.0
-    return taken if taken < 1 and course.verdict == "recovered" else taken * RATE_CUT
+    taken = _taken(course)
+    if course.log.interventions and course.verdict == "recovered":
+        return taken
+    return taken.cut(culprits, asked.peak_lr or math.inf, asked.own_rates)
 
 
 def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
@@ -100,10 +109,11 @@ def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
         return Diagnosis(finding, course.name, last_step=finding.step)
     if finding.severity == "note" and finding.cause != "over-fitted":
         return Diagnosis(finding, course.name, last_step=finding.step)
-    if role != START and (len(course.log.interventions) > 1 or (course.log.interventions and course.log.ending)):
-        role = ""  # rollbacks cut all rates, and one cut was not enough
+    culprits: tuple[str, ...] = ()
+    if role != START and _is_beyond_one_cut(course, role):
+        culprits, role = (role,), ""
     lines = recipe_lines(
-        finding.cause, course.asked, where=finding.where, role=role, factor=_rate_factor(course),
+        finding.cause, course.asked, where=finding.where, role=role, cuts=_proposed(course, course.asked, culprits),
         lora_factor=course.look.get("lora_factor"),
     )  # fmt: skip
     if lines and course.log.interventions and "peak_lr" in lines[0]:
@@ -111,11 +121,17 @@ def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
     return Diagnosis(finding, course.name, last_step=finding.step, lines=lines)
 
 
+def _is_beyond_one_cut(course: Course, role: str) -> bool:
+    """Whether rollbacks did more, or other, than one cut of this role's rate: what they left counts, or one more."""
+    num = len(course.log.interventions)
+    return num > 1 or (num == 1 and (bool(course.log.ending) or _taken(course).of(role) == 1.0))
+
+
 def _rates_tried(course: Course) -> str:
-    taken = course.log.interventions[-1].get("rate_factor", 1.0)
+    left = _taken(course).left()
     if course.verdict == "recovered":
-        return f"It came through with {taken:.3g} of the recipe's rates."
-    return f"Rollbacks went down to {taken:.3g} of the recipe's rates, still too much: take {RATE_CUT:g} of that."
+        return f"It came through with {left}."
+    return f"Rollbacks went down to {left}, still too much: take {RATE_CUT:g} of that."
 
 
 def _grouped(incidents: Sequence[Incident], course: Course, names: Names) -> list[Diagnosis]:

@@ -16,6 +16,7 @@ from graftlm.health.autopsy import Autopsy
 from graftlm.health.course import Course, Diagnosis
 from graftlm.health.curves import WINDOW, smoothed
 from graftlm.health.finding import Finding
+from graftlm.health.rates import rate_cuts_of
 from graftlm.health.records import LogRecord
 from graftlm.release.page import card, chapter, facts, page, safe, table
 from graftlm.release.plots import Events, Line, line_plot
@@ -185,10 +186,8 @@ def _event_told(event: str, lines: list[dict[str, Any]]) -> Iterator[tuple[str, 
 def _rollback_told(line: Mapping[str, Any]) -> str:
     """Why, in the first words it was written down with, and what was done."""
     why = str(line["text"]).split(". ")[0].partition(": ")[2].rstrip(".")
-    return (
-        f"Rolled back to step {line['step']:,}: {why}. The learning rate is {line['rate_factor']:.3g} of the recipe's "
-        "from there on."
-    )
+    cut = rate_cuts_of(line).told()
+    return f"Rolled back to step {line['step']:,}: {why}. {cut[0].upper()}{cut[1:]}."
 
 
 def _curves(course: Course) -> str:

@@ -4,7 +4,8 @@ Owns the decision and its budget: which skipped steps are replayed, what counts 
 learning rate is cut. Does not run passes (`replay.py`) and does not touch weights: the stage rolls back, asked by a
 `Trouble` raised here. `stage.recovery` says how far this goes: automatic, advise (replay and tell), or off.
 
-The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate.
+The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate;
+`health/rates.py` says whose.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from graftlm.device import random_states
 from graftlm.errors import NumericalStop
-from graftlm.health.cures import RATE_CUT
 from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.rates import RateCuts, rate_cuts_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
@@ -49,7 +50,7 @@ class Recovery:
     ) -> None:
         self.stage, self.metrics, self._take_again, self._blame = stage, metrics, take_again, blame
         self.watch = LossWatch()
-        self.rate_factor = 1.0
+        self.rates = RateCuts()
         self.num_rollbacks = 0
         self._in_a_row = self._num_replays = 0
         self._is_risen = False
@@ -145,20 +146,21 @@ class Recovery:
         saved = load_checkpoint(good)
         for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
             shutil.rmtree(later, ignore_errors=True)
-        rate, number = self.rate_factor * RATE_CUT, self.num_rollbacks + 1
+        before, number = self.rates, self.num_rollbacks + 1
+        rates = before.cut(self._last.culprits if self._last else (), self.stage.peak_lr, self._own_rates())
         self.restore(saved.values["recovery"])
-        self.rate_factor, self.num_rollbacks, self._in_a_row = rate, number, 0
+        self.rates, self.num_rollbacks, self._in_a_row = rates, number, 0
         self._went_back_to = good.name
-        text = (
-            f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; the learning rate is "
-            f"{rate:.3g} of the recipe's from there on."
-        )
+        text = f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; {rates.told()}."
         self.metrics.append(
             "intervention", step=saved.values["step"], number=number, at_step=step, action="rollback",
-            rate_factor=rate, text=text,
+            cut=rates.roles_cut_since(before), **rates.state(), text=text,
         )  # fmt: skip
         say(f"{self.stage.name}: {text}")
         return saved
+
+    def _own_rates(self) -> dict[str, float | None]:
+        return {role: getattr(self.stage.groups, role).peak_lr for role in type(self.stage.groups).model_fields}
 
     def _told(self, why: str) -> str:
         """Why, and what the last replay found."""
@@ -176,7 +178,7 @@ class Recovery:
         """What a checkpoint must hold to go on exactly."""
         return {
             "watch": self.watch.state(),
-            "rate_factor": self.rate_factor,
+            **self.rates.state(),
             "num_rollbacks": self.num_rollbacks,
             "in_a_row": self._in_a_row,
             "num_replays": self._num_replays,
@@ -187,7 +189,7 @@ class Recovery:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` returned; random states are those of this moment, so restore them before."""
         self.watch.restore(state["watch"])
-        self.rate_factor, self.num_rollbacks = state["rate_factor"], state["num_rollbacks"]
+        self.rates, self.num_rollbacks = rate_cuts_of(state), state["num_rollbacks"]
         self._in_a_row, self._num_replays = state["in_a_row"], state["num_replays"]
         self._is_risen, self._went_back_to = state["is_risen"], state["went_back_to"]
         self._random = random_states()

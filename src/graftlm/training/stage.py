@@ -47,7 +47,13 @@ from graftlm.training.checkpoint import (
 )
 from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
-from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
+from graftlm.training.optim import (
+    cut_peak_rates,
+    learning_rate_shape,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from graftlm.training.precision import make_precision
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
@@ -273,13 +279,14 @@ class StageRun:
     def _train(self) -> None:
         num_steps = self.steps.num_steps
         shape = learning_rate_shape(self.stage, num_steps)
+        cut_peak_rates(self.optimizer, self.recovery.rates.of_roles)
         with steps_shown(self.stage.name, num_steps, self.step) as show:
             train(
                 self.model,
                 self.steps,
                 first_step=self.step,
                 num_updates=self.num_updates,
-                lr_at=lambda updates: self.recovery.rate_factor * shape(updates),
+                lr_at=lambda updates: self.recovery.rates.of_all * shape(updates),
                 optimizer=self.optimizer,
                 groups=self.roles,
                 precision=self.precision,
