@@ -22,9 +22,10 @@ from logged_runs import (
 
 from graftlm.errors import UserError
 from graftlm.health.autopsy import autopsy
-from graftlm.health.cures import START, Asked, recipe_lines
+from graftlm.health.cures import Asked, recipe_lines
 from graftlm.health.finding import alarms
 from graftlm.health.logs import own_and_abandoned
+from graftlm.health.rates import RateCuts
 from graftlm.recipe_file import load_recipe
 from graftlm.text.dialogue import Rendered
 from graftlm.text.rows import RowsBuilder, save_rows
@@ -82,7 +83,8 @@ def test_an_attempt_gone_back_from_is_evidence_and_not_the_runs_own_curve(tmp_pa
 def test_what_a_rollback_mended_is_a_warning_with_the_line_that_saves_it(tmp_path: Path) -> None:
     told = autopsy(write_run(tmp_path, [recovered()])).diagnoses
     assert [(d.finding.cause, d.finding.severity, d.finding.step, d.lines) for d in told] == [
-        ("loss-rose", "warning", 46, ("stages.lora.groups.adapter.peak_lr=9e-05",))
+        # The adapter has no rate of its own: the rollback cut all, and came through with that.
+        ("loss-rose", "warning", 46, ("stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=0.0003"))
     ]
     assert "adapter" in told[0].finding.evidence
 
@@ -207,9 +209,14 @@ def test_findings_are_told_gravest_first_and_one_line_a_knob(tmp_path: Path) -> 
     ("cause", "asked", "more", "lines"),
     [
         ("ratchet", {"peak_lr": 1.0}, {}, ["stages.s.peak_lr=0.3"]),
-        ("forward-overflow", {"peak_lr": 1.0}, {"role": "body"}, ["stages.s.groups.body.peak_lr=0.3"]),
+        (
+            "forward-overflow",
+            {"peak_lr": 1.0, "groups": {"body": {"peak_lr": 2.0}, "adapter": {"peak_lr": 3.0}}},
+            {"cuts": RateCuts(1.0, {"body": 0.3})},
+            ["stages.s.groups.body.peak_lr=0.6"],
+        ),
         ("not-finite", {}, {}, []),
-        ("forward-not-finite", {"peak_lr": 1.0}, {"role": START}, ["grow.embedding=subpiece-mean"]),
+        ("forward-not-finite", {"peak_lr": 1.0}, {"is_start": True}, ["grow.embedding=subpiece-mean"]),
         ("huge-new-rows", {}, {"where": "new rows of the embedding"}, ["grow.embedding=subpiece-mean"]),
         ("tiny-new-rows", {}, {"where": "new rows of the head"}, []),
         ("no-forward-headroom", {}, {}, ["stages.s.precision=fp32"]),

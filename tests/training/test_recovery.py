@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from tiny_training import FIRST_NEW_ID, LORA_ALL, spoken_rows, stage_of, weights_sha256
 
 from graftlm.errors import NumericalStop
+from graftlm.health.autopsy import autopsy
+from graftlm.health.incident import HOPELESS, Incident, finding_of
 from graftlm.health.rates import RateCuts, rate_cuts_of
-from graftlm.run import read_metrics
+from graftlm.run import read_metrics, write_json
 from graftlm.training.checkpoint import save_checkpoint, step_folder
 from graftlm.training.loop import StepRecord
 from graftlm.training.stage import StageRun
@@ -137,6 +140,39 @@ def test_advice_changes_nothing(tmp_path: Path, base: Any, recovery: str) -> Non
     assert run.recovery.rates == RateCuts()
     assert events(tmp_path, "intervention") == []
     assert bool(events(tmp_path, "incident")) == (recovery == "advise")
+
+
+def test_advice_blames_the_rate_and_not_the_start_of_rows_that_began_well(tmp_path: Path, base: Any) -> None:
+    """The state before the first step is kept to tell the two apart."""
+    folder = tmp_path / "run" / "4-sft"
+    folder.mkdir(parents=True)
+    run = make(folder, base, recovery="advise", groups={}, peak_lr=3.0)
+    with contextlib.suppress(NumericalStop):
+        run.run()
+    hopeless = [line for line in events(folder, "incident") if line["cause"] in HOPELESS]
+    assert hopeless
+    assert all(line["culprits"] and not line["bad_from_start"] for line in hopeless)
+    stage = {**run.stage.model_dump(mode="json"), "name": "sft"}
+    grow = {"embedding": "normal", "head": "normal"}
+    write_json(tmp_path / "run" / "recipe.json", {"recipe": {"name": "r", "stages": [stage], "grow": grow}})
+    changes = autopsy(tmp_path / "run").changes
+    assert "stages.sft.peak_lr=0.9" in changes
+    assert not [line for line in changes if line.startswith("grow.")]
+
+
+@pytest.mark.parametrize(
+    ("bad_from_start", "has_good", "cure"),
+    [
+        (("new_rows",), True, "grow.embedding"),
+        (("new_rows",), False, "groups.new_rows.peak_lr"),
+        (("adapter",), True, "groups.adapter.peak_lr"),
+        (("adapter",), False, "groups.adapter.peak_lr"),
+    ],
+)
+def test_only_new_rows_can_have_begun_badly(bad_from_start: tuple[str, ...], has_good: bool, cure: str) -> None:
+    found = finding_of(Incident(7, "forward-overflow", 1.0, bad_from_start=bad_from_start, has_good=has_good))
+    assert cure in found.cure
+    assert ("the last good state does not" in found.evidence) == has_good
 
 
 def test_beyond_the_budget_it_stops_and_says_what_was_tried(tmp_path: Path, base: Any) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from graftlm.health.cures import START, Asked, recipe_lines
+from graftlm.health.cures import Asked, recipe_lines
 from graftlm.health.curves import diagnose_curves
 from graftlm.health.finding import Finding, Verdict
-from graftlm.health.incident import HOPELESS, Incident, finding_of
-from graftlm.health.rates import RATE_CUT, RateCuts, rate_cuts_of
+from graftlm.health.incident import HOPELESS, Incident, finding_of, is_bad_start
+from graftlm.health.rates import RATE_CUT, RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.records import RunLog
 
 State = Literal["finished", "stopped", "unfinished", "log"]
@@ -104,27 +104,18 @@ def _proposed(course: Course, asked: Asked, culprits: Sequence[str]) -> RateCuts
     return taken.cut(culprits, asked.peak_lr or math.inf, asked.own_rates)
 
 
-def _diagnosis(finding: Finding, course: Course, role: str = "") -> Diagnosis:
+def _diagnosis(finding: Finding, course: Course, culprits: Sequence[str] = (), *, is_start: bool = False) -> Diagnosis:
     if course.asked is None:
         return Diagnosis(finding, course.name, last_step=finding.step)
     if finding.severity == "note" and finding.cause != "over-fitted":
         return Diagnosis(finding, course.name, last_step=finding.step)
-    culprits: tuple[str, ...] = ()
-    if role != START and _is_beyond_one_cut(course, role):
-        culprits, role = (role,), ""
     lines = recipe_lines(
-        finding.cause, course.asked, where=finding.where, role=role, cuts=_proposed(course, course.asked, culprits),
-        lora_factor=course.look.get("lora_factor"),
+        finding.cause, course.asked, where=finding.where, is_start=is_start,
+        cuts=_proposed(course, course.asked, culprits), lora_factor=course.look.get("lora_factor"),
     )  # fmt: skip
     if lines and course.log.interventions and "peak_lr" in lines[0]:
         finding = replace(finding, cure=f"{finding.cure} {_rates_tried(course)}")
     return Diagnosis(finding, course.name, last_step=finding.step, lines=lines)
-
-
-def _is_beyond_one_cut(course: Course, role: str) -> bool:
-    """Whether rollbacks did more, or other, than one cut of this role's rate: what they left counts, or one more."""
-    num = len(course.log.interventions)
-    return num > 1 or (num == 1 and (bool(course.log.ending) or _taken(course).of(role) == 1.0))
 
 
 def _rates_tried(course: Course) -> str:
@@ -144,6 +135,8 @@ def _grouped(incidents: Sequence[Incident], course: Course, names: Names) -> lis
 
 def _of_one_cause(alike: Sequence[Incident], course: Course, names: Names) -> Diagnosis:
     telling = max(alike, key=lambda one: (bool(one.culprits), _has_some_bad_rows(one), one.row_id >= 0))
+    if course.asked is not None:
+        telling = replace(telling, culprits=tuple(hottest_first(telling.culprits, course.asked.own_rates)))
     finding = finding_of(telling, names.token(telling.token_id) if telling.token_id >= 0 else "")
     first, last = min(one.step for one in alike), max(one.step for one in alike)
     told = [finding.evidence, _sources(telling, names) if telling.cause in HOPELESS else ""]
@@ -155,19 +148,19 @@ def _of_one_cause(alike: Sequence[Incident], course: Course, names: Names) -> Di
         )
         told.append(f"Seen {len(alike)} times{at}.")
     finding = replace(finding, step=first, evidence=" ".join(filter(None, told)))
-    return replace(_diagnosis(finding, course, _blamed(telling)), count=len(alike), last_step=last)
+    told_of = _diagnosis(finding, course, telling.culprits, is_start=_is_from_start(telling))
+    return replace(told_of, count=len(alike), last_step=last)
 
 
 def _has_some_bad_rows(incident: Incident) -> bool:
     return 0 < len(incident.bad_rows) < incident.num_rows
 
 
-def _blamed(incident: Incident) -> str:
-    """Whom a line of the recipe should reach: the first culprit, or the start of new rows, or "" for all."""
-    if incident.culprits:
-        return incident.culprits[0]
-    is_from_start = bool(incident.bad_from_start) or _has_some_bad_rows(incident)
-    return START if is_from_start and incident.cause in HOPELESS else ""
+def _is_from_start(incident: Incident) -> bool:
+    """Whether how new rows start is to blame: no rate is. An adapter starts as nothing: what it is, it learned."""
+    if incident.culprits or incident.cause not in HOPELESS:
+        return False
+    return is_bad_start(incident) or _has_some_bad_rows(incident)
 
 
 def _sources(incident: Incident, names: Names) -> str:

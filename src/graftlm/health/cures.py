@@ -16,8 +16,6 @@ ONE_CUT = RateCuts(RATE_CUT)
 EPS_IN_16_BITS = 1e-6
 REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
 
-# Roles of `groups`; "new-rows-start" stands for how rows of new pieces start.
-START = "new-rows-start"
 _BY_RATE = frozenset(
     {
         "weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow", "loss-rose",
@@ -52,19 +50,19 @@ def recipe_lines(
     asked: Asked,
     *,
     where: str = "",
-    role: str = "",
+    is_start: bool = False,
     cuts: RateCuts = ONE_CUT,
     lora_factor: float | None = None,
 ) -> tuple[str, ...]:
     """`key=value` lines that cure `cause`, none where no knob does.
 
-    `role` is who is to blame (a role of `groups`, or START), "" for everybody; `cuts` is what becomes of learning
-    rates; `lora_factor` what the adapter was multiplied by.
+    `is_start`: how rows of new pieces start is to blame, whatever the cause; `cuts` is what becomes of learning rates;
+    `lora_factor` what the adapter was multiplied by.
     """
-    if role == START or cause in _BY_START:
+    if is_start or cause in _BY_START:
         return _starts(asked, where)
     if cause in _BY_RATE:
-        return _rates(asked, role, cuts)
+        return _rates(asked, cuts)
     if cause == "adapter-push-high" and lora_factor:
         return (f"{asked.keys}.groups.adapter.peak_lr={REFERENCE_PUSH / lora_factor:.3g}",)
     if cause == "no-forward-headroom":
@@ -76,12 +74,10 @@ def recipe_lines(
     return ()
 
 
-def _rates(asked: Asked, role: str, cuts: RateCuts) -> tuple[str, ...]:
+def _rates(asked: Asked, cuts: RateCuts) -> tuple[str, ...]:
     rate, own = asked.peak_lr, asked.own_rates
     if rate is None:
         return ()
-    if role:
-        return (f"{asked.keys}.groups.{role}.peak_lr={(own.get(role) or rate) * cuts.of(role):.3g}",)
     lines = [f"{asked.keys}.peak_lr={rate * cuts.of_all:.3g}"] if cuts.of_all != 1.0 else []
     changed = [(name, lr) for name, lr in own.items() if lr and cuts.of(name) != 1.0]
     return tuple(lines + [f"{asked.keys}.groups.{name}.peak_lr={lr * cuts.of(name):.3g}" for name, lr in changed])

@@ -68,6 +68,11 @@ class RateCuts:
         return {"rate_factor": self.of_all, "rate_factors": dict(self.of_roles)}
 
 
+def hottest_first(roles: Iterable[str], own: Mapping[str, float | None]) -> list[str]:
+    """Roles with those that have the highest rates of their own in front; else in their order."""
+    return sorted(roles, key=lambda role: -(own.get(role) or 0.0))
+
+
 def rate_cuts_of(line: Mapping[str, Any]) -> RateCuts:
     """What `state` wrote; earlier versions knew no roles."""
     return RateCuts(float(line.get("rate_factor", 1.0)), dict(line.get("rate_factors") or {}))

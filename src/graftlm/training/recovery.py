@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from graftlm.device import random_states
 from graftlm.errors import NumericalStop
 from graftlm.health.incident import HOPELESS, Incident, finding_of
-from graftlm.health.rates import RateCuts, rate_cuts_of
+from graftlm.health.rates import RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
@@ -119,6 +119,7 @@ class Recovery:
         return incident
 
     def _note(self, incident: Incident) -> None:
+        incident = replace(incident, culprits=tuple(hottest_first(incident.culprits, self._own_rates())))
         self._last = incident
         self.metrics.append("incident", **asdict(incident))
         finding = finding_of(incident)

@@ -86,6 +86,7 @@ def replay(
             found,
             culprits=tuple(role for role, is_learned in cured if is_learned),
             bad_from_start=tuple(role for role, is_learned in cured if not is_learned),
+            has_good=last_good is not None,
             bad_rows=tuple(i for i in tried if not take(unscaled, 1.0, _alone(steps, i, precision)).is_finite),
             num_rows=len(tried),
         )

@@ -195,8 +195,8 @@ class StageRun:
         if not self.resume():
             self._look_before_the_first_step()
             self._read_heldout(0)
-            if self.stage.recovery == "automatic":
-                self._save()  # the first state to go back to
+            if self.stage.recovery != "off":
+                self._save()  # the first state to go back to, or to put back for a moment to tell who is to blame
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < self.steps.num_steps:
