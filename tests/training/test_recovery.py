@@ -16,8 +16,9 @@ from graftlm.errors import NumericalStop
 from graftlm.health.autopsy import autopsy
 from graftlm.health.incident import HOPELESS, Incident, finding_of
 from graftlm.health.rates import RateCuts, rate_cuts_of
+from graftlm.release.autopsy_page import autopsy_page
 from graftlm.run import read_metrics, write_json
-from graftlm.training.checkpoint import save_checkpoint, step_folder
+from graftlm.training.checkpoint import good_checkpoints, save_checkpoint, step_folder
 from graftlm.training.loop import StepRecord
 from graftlm.training.stage import StageRun
 
@@ -173,6 +174,44 @@ def test_only_new_rows_can_have_begun_badly(bad_from_start: tuple[str, ...], has
     found = finding_of(Incident(7, "forward-overflow", 1.0, bad_from_start=bad_from_start, has_good=has_good))
     assert cure in found.cure
     assert ("the last good state does not" in found.evidence) == has_good
+
+
+@pytest.mark.parametrize("recovery", ["automatic", "advise", "off"])
+def test_what_a_stop_leaves_a_good_state_and_the_rows_it_failed_on(tmp_path: Path, base: Any, recovery: str) -> None:
+    """Checkpoints from inside the storm push no good one out."""
+    scale = {"initial": 2.0**16, "floor": 2.0**4}
+    folder = tmp_path / "run" / "4-sft"
+    folder.mkdir(parents=True)
+    run = make(folder, base, recovery=recovery, max_rollbacks=1, checkpoint_every=2, loss_scale=scale, peak_lr=1e-5,
+               groups={}, schedule="constant", epochs=12)  # fmt: skip
+    see = run.recovery.see
+
+    def poisoned_later(record: StepRecord) -> None:
+        see(record)
+        if record.step == 15:
+            with torch.no_grad():  # finite itself; what it makes of fp16 is not
+                next(p for n, p in run.model.named_parameters() if "layers.0.mlp.up_proj.lora_B" in n).fill_(1e6)
+
+    run.recovery.see = poisoned_later  # type: ignore[method-assign]
+    with pytest.raises(NumericalStop):
+        run.run()
+    good = good_checkpoints(run.checkpoints)
+    assert good
+    assert good[-1].name == "step-00000014"
+    write_json(tmp_path / "run" / "recipe.json", {"recipe": {"name": "r", "stages": [{"name": "sft"}]}})
+    found = autopsy(tmp_path / "run")
+    told = found.to_json()
+    assert told["stages"][0]["good_checkpoint"] == "4-sft/checkpoints/step-00000014"
+    assert "last good state is kept: 4-sft/checkpoints/step-00000014" in autopsy_page(found)
+    if recovery == "off":
+        return
+    grave = next(f for f in told["findings"] if f["cause"] == "forward-overflow")
+    assert sorted(grave["row_ids"]) == sorted(run.steps.row_ids(grave["step"] - 1))
+    assert grave["batch_file"] in autopsy_page(found)
+    kept = [json.loads(line) for line in (tmp_path / "run" / grave["batch_file"]).read_text().splitlines()]
+    assert [row["row_id"] for row in kept] == grave["row_ids"]
+    ids, is_target = run.steps.rows.row(kept[3]["row_id"])
+    assert (kept[3]["ids"], kept[3]["is_target"]) == (ids.tolist(), is_target.astype(int).tolist())
 
 
 def test_beyond_the_budget_it_stops_and_says_what_was_tried(tmp_path: Path, base: Any) -> None:

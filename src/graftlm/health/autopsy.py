@@ -196,6 +196,7 @@ def _stage_course(folder: Path, run: _Run | None) -> Course:
         taken = read_json(folder / PREFLIGHT)
         course.preflight = [_finding(found) for found in taken.get("findings", ())]
         course.look = taken.get("look", {})
+    course.good_checkpoint = _good_checkpoint(folder)
     known = run is not None and course.name in run.stages()
     if run is not None and known:
         course.asked = run.stages()[course.name]
@@ -203,6 +204,17 @@ def _stage_course(folder: Path, run: _Run | None) -> Course:
     if course.is_refused:
         course.state = "stopped"
     return course
+
+
+def _good_checkpoint(folder: Path) -> str:
+    """The newest checkpoint written down as good, as `training/checkpoint.py` lays them out; "" where there is none."""
+    for values in sorted(folder.glob("checkpoints/step-*/values.json"), reverse=True):
+        try:
+            if read_json(values).get("is_good"):
+                return str(values.parent.relative_to(folder))
+        except UserError:
+            continue  # evidence of less
+    return ""
 
 
 def _finding(found: dict[str, Any]) -> Finding:
@@ -215,7 +227,8 @@ def _finding_json(told: Diagnosis) -> dict[str, Any]:
     return {
         "cause": finding.cause, "severity": finding.severity, "stage": told.stage, "where": finding.where,
         "step": finding.step, "last_step": told.last_step, "count": told.count, "evidence": finding.evidence,
-        "cure": finding.cure, "lines": list(told.lines),
+        "cure": finding.cure, "lines": list(told.lines), "row_ids": list(told.row_ids),
+        "batch_file": f"{told.stage}/{told.batch_file}" if told.batch_file else None,
     }  # fmt: skip
 
 
@@ -226,4 +239,5 @@ def _course_json(course: Course) -> dict[str, Any]:
         "num_skipped": sum(r.skipped for r in course.log.records), "num_rollbacks": len(course.log.interventions),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "ending": course.log.ending,
+        "good_checkpoint": f"{course.name}/{course.good_checkpoint}" if course.good_checkpoint else None,
     }  # fmt: skip

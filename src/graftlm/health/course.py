@@ -28,13 +28,18 @@ _ROWS_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A finding, the stage it is of, how often and until when it was seen, and the recipe's lines that cure it."""
+    """A finding, the stage it is of, how often and until when it was seen, and the recipe's lines that cure it.
+
+    `row_ids` are those of the step it is told of, where they are known; the stage's `batch_file` holds the rows.
+    """
 
     finding: Finding
     stage: str
     count: int = 1
     last_step: int | None = None
     lines: tuple[str, ...] = ()
+    row_ids: tuple[int, ...] = ()
+    batch_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class Names:
 
 @dataclass(slots=True)
 class Course:
-    """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known."""
+    """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known;
+    `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder."""
 
     name: str
     log: RunLog
@@ -55,6 +61,7 @@ class Course:
     preflight: list[Finding] = field(default_factory=list)
     look: Mapping[str, Any] = field(default_factory=dict)
     asked: Asked | None = None
+    good_checkpoint: str = ""
     verdict: Verdict = "healthy"
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
@@ -149,7 +156,8 @@ def _of_one_cause(alike: Sequence[Incident], course: Course, names: Names) -> Di
         told.append(f"Seen {len(alike)} times{at}.")
     finding = replace(finding, step=first, evidence=" ".join(filter(None, told)))
     told_of = _diagnosis(finding, course, telling.culprits, is_start=_is_from_start(telling))
-    return replace(told_of, count=len(alike), last_step=last)
+    batch = {"row_ids": telling.batch_rows, "batch_file": telling.batch_file}
+    return replace(told_of, count=len(alike), last_step=last, **batch)
 
 
 def _has_some_bad_rows(incident: Incident) -> bool:

@@ -58,7 +58,8 @@ class Incident:
     old_rows, body) each of which alone, put back to its last good state, cures the step: what was learned is to blame.
     `bad_from_start` are roles cured only by a neutral start (an adapter's is nothing, new rows' the mean old row);
     `has_good` tells whether there was a last good state to try. `bad_rows` are ids of rows that are not finite by
-    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose.
+    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `batch_rows` are ids of all rows
+    of the step, kept in `batch_file` of the stage's folder; of a note neither is.
     """
 
     step: int
@@ -78,6 +79,8 @@ class Incident:
     bad_weight: str = ""
     loss: float = 0.0
     best: float = 0.0
+    batch_rows: tuple[int, ...] = ()
+    batch_file: str = ""
 
     @property
     def lora_side(self) -> str:

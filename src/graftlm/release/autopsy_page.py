@@ -24,6 +24,7 @@ from graftlm.run import disk_errors, write_json
 
 HEALTH, PAGE = "health.json", "autopsy.html"
 MOST_TOLD = 60  # lines of a timeline
+MOST_ROWS = 8  # of a step's rows by name
 _ROLES = {
     "adapter": ("adapter", "plain"), "body": ("transformer body", "train"), "old_rows": ("rows of old pieces", "old"),
     "new_rows": ("rows of new pieces", "new"),
@@ -118,6 +119,8 @@ def _finding(number: int, told: Diagnosis, several: bool) -> str:
     finding = told.finding
     kind = "ok" if finding.severity == "note" else "bad"
     values: list[tuple[str, Any]] = [("cause", finding.cause), ("where", finding.where), ("when", when(told))]
+    if told.row_ids:
+        values.append(("rows of the step", rows_told(told)))
     if several:
         values.insert(0, ("stage", told.stage))
     lines = "\n".join(told.lines)
@@ -126,6 +129,12 @@ def _finding(number: int, told: Diagnosis, several: bool) -> str:
         f'<h3>{number}. {safe(title_of(finding))} <span class="{kind}">({safe(finding.severity)})</span></h3>'
         f"{facts(values)}<p>{safe(finding.evidence)}</p><p><b>Cure.</b> {safe(finding.cure)}</p>{change}"
     )
+
+
+def rows_told(told: Diagnosis) -> str:
+    """The first rows of the step a finding is told of, and the file that holds all."""
+    shown = ", ".join(map(str, told.row_ids[:MOST_ROWS])) + (", …" if len(told.row_ids) > MOST_ROWS else "")
+    return f"{shown}; kept in {told.stage}/{told.batch_file}" if told.batch_file else shown
 
 
 def when(told: Diagnosis) -> str:
@@ -162,6 +171,8 @@ def _happenings(course: Course) -> Iterator[tuple[str, str]]:
         yield f"{step:,}", f"Best held-out loss: {_nats(loss)}."
     if readings:
         yield f"{readings[-1][0]:,}", f"Last loss logged: {_nats(readings[-1][1])}."
+    if course.good_checkpoint and course.verdict not in ("healthy", "recovered"):
+        yield "", f"The last good state is kept: {course.name}/{course.good_checkpoint}."
     yield f"{log.last_step:,}", (log.ending or state_in_words(course).capitalize()).rstrip(".") + "."
 
 

@@ -47,8 +47,10 @@ class Recovery:
         metrics: Metrics,
         take_again: Callable[[SkippedStep], Incident],
         blame: Callable[[int, float], tuple[str, ...]],
+        keep_batch: Callable[[int], tuple[str, tuple[int, ...]]],
     ) -> None:
         self.stage, self.metrics, self._take_again, self._blame = stage, metrics, take_again, blame
+        self._keep_batch = keep_batch
         self.watch = LossWatch()
         self.rates = RateCuts()
         self.num_rollbacks = 0
@@ -65,17 +67,16 @@ class Recovery:
 
     def see(self, record: StepRecord) -> None:
         """Look at a finished step. Raises Trouble where the stage mends itself and should roll back."""
+        self._in_a_row = self._in_a_row + 1 if record.skipped else 0
+        eye = None if record.skipped else self.watch.see(record.loss)
         if self.stage.recovery == "off":
-            return
+            return  # nothing is done, but which states were good is known
         if record.skipped:
             self._see_skipped(record.step, record.loss_scale)
+        elif eye is not None:
+            self._see_rise(record.step, eye.last, eye.best)
         else:
-            self._in_a_row = 0
-            eye = self.watch.see(record.loss)
-            if eye is not None:
-                self._see_rise(record.step, eye.last, eye.best)
-            else:
-                self._is_risen = False
+            self._is_risen = False
         self._random = random_states()
 
     def see_heldout(self, step: int, loss: float) -> None:
@@ -105,7 +106,6 @@ class Recovery:
             raise stop
 
     def _see_skipped(self, step: int, loss_scale: float) -> None:
-        self._in_a_row += 1
         if self._in_a_row not in REPLAYED_IN_A_ROW or self._num_replays >= MOST_REPLAYS:
             return
         incident = self._replay(step, loss_scale)
@@ -120,9 +120,12 @@ class Recovery:
 
     def _note(self, incident: Incident) -> None:
         incident = replace(incident, culprits=tuple(hottest_first(incident.culprits, self._own_rates())))
+        finding = finding_of(incident)
+        if finding.severity != "note":
+            batch_file, batch_rows = self._keep_batch(incident.step)
+            incident = replace(incident, batch_file=batch_file, batch_rows=batch_rows)
         self._last = incident
         self.metrics.append("incident", **asdict(incident))
-        finding = finding_of(incident)
         if finding.severity != "note":
             say(f"{self.stage.name}, step {incident.step}: {finding.evidence}")
 

@@ -6,6 +6,7 @@ stage's result is one file of trained tensors; `apply_stage` puts it onto the mo
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 from dataclasses import asdict
@@ -45,6 +46,7 @@ from graftlm.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from graftlm.training.evidence import keep_batch
 from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import (
@@ -136,7 +138,8 @@ class StageRun:
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
         self.recorder = Recorder(self.roles)
-        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
+        keep = functools.partial(keep_batch, folder, self.steps)
+        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, keep)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.step = self.num_updates = 0
         self.is_stopping = False
