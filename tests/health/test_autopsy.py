@@ -130,6 +130,24 @@ def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> No
         assert autopsy(write_run(tmp_path / verdict, [lines])).verdict == verdict
 
 
+@pytest.mark.parametrize("num_good", [3, 12])
+def test_a_run_still_going_is_not_called_recovered_while_it_is_in_trouble(tmp_path: Path, num_good: int) -> None:
+    bad = [step_line(n, math.nan, skipped=True) for n in range(21, 25)]
+    storm = [*good(1, 20), *bad, incident(23, "forward-overflow", culprits=["adapter"])]
+    back = [*storm, rollback(15, 24), *good(16, 15 + num_good)]
+    one_bad_row = [*good(1, 20), bad[0], incident(21, "forward-not-finite", bad_rows=[1], num_rows=8)]
+    long_storm = [*good(1, 20), *(step_line(n, math.nan, skipped=True) for n in range(21, 60))]
+    expected = {"storm": "damaged", "back": "recovered" if num_good > 10 else "damaged", "one_bad_row": "recovered",
+                "long_storm": "damaged"}  # fmt: skip
+    runs = {"storm": storm, "back": back, "one_bad_row": one_bad_row, "long_storm": long_storm}
+    for name, lines in runs.items():
+        found = autopsy(write_run(tmp_path / name, [lines]))
+        assert found.verdict == expected[name], name
+        assert ("in trouble at its last step" in found.told) == (expected[name] == "damaged"), name
+    write_json(tmp_path / "back" / "4-lora" / "done.json", {})
+    assert autopsy(tmp_path / "back").verdict == "recovered"  # it came to its end
+
+
 def test_a_stop_that_was_gone_on_from_is_no_end(tmp_path: Path) -> None:
     found = autopsy(write_run(tmp_path, [[*crashed(), rollback(20, 23, 3), *good(21, 80)]]))
     assert (found.verdict, found.courses[0].log.ending) == ("recovered", "")

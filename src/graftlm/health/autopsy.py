@@ -32,6 +32,7 @@ _WORDS: dict[Verdict, str] = {
     "diverged": "The loss ended no better than it began.",
     "crashed": "Training stopped by itself before its end.",
 }
+_IN_TROUBLE = "It was in trouble at its last step so far, and nothing had mended that yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Autopsy:
     @property
     def told(self) -> str:
         """The verdict in words."""
+        if any(course.is_in_trouble and course.verdict == self.verdict for course in self.courses):
+            return _IN_TROUBLE
         return _WORDS[self.verdict]
 
     @property

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from graftlm.health.cures import Asked, recipe_lines
-from graftlm.health.curves import diagnose_curves
+from graftlm.health.curves import WINDOW, diagnose_curves
 from graftlm.health.finding import Finding, Verdict
-from graftlm.health.incident import HOPELESS, Incident, finding_of, is_bad_start
+from graftlm.health.incident import HOPELESS, HOPELESS_IN_A_ROW, Incident, finding_of, is_bad_start
 from graftlm.health.rates import RATE_CUT, RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.records import RunLog
 
@@ -53,7 +53,8 @@ class Names:
 @dataclass(slots=True)
 class Course:
     """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known;
-    `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder."""
+    `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder;
+    `is_in_trouble` tells of a stage that has not ended that what went wrong last was not over at its last step."""
 
     name: str
     log: RunLog
@@ -63,6 +64,7 @@ class Course:
     asked: Asked | None = None
     good_checkpoint: str = ""
     verdict: Verdict = "healthy"
+    is_in_trouble: bool = False
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
     @property
@@ -81,6 +83,11 @@ def diagnose_course(course: Course, names: Names | None = None) -> None:
         verdict = "recovered"  # every such step was skipped or gone back from
     if course.state == "finished" and verdict == "crashed":
         verdict = "recovered"  # it looked like an end, and went on to its own
+    course.is_in_trouble = (
+        course.state == "unfinished" and not course.log.ending and _is_in_trouble(course.log, verdict)
+    )
+    if course.is_in_trouble and verdict != "diverged":
+        verdict = "damaged"
     course.verdict = "crashed" if course.is_refused else verdict
     if course.verdict not in ("healthy", "recovered"):
         shown = [finding for finding in shown if finding.cause != "over-fitted"]  # far more than that
@@ -89,6 +96,19 @@ def diagnose_course(course: Course, names: Names | None = None) -> None:
     if course.verdict in ("healthy", "recovered"):
         found = [replace(told, finding=_no_longer_fatal(told.finding)) for told in found]
     course.diagnoses = sorted(found, key=lambda told: told.finding.step or 0)
+
+
+def _is_in_trouble(log: RunLog, verdict: Verdict) -> bool:
+    """Whether what went wrong last goes on: steps skipped up to the last one, or a rollback not yet proven."""
+    if verdict not in ("healthy", "recovered"):
+        return True
+    good = [record.step for record in log.records if not record.skipped]
+    since = good[-1] if good else 0
+    if log.last_step - since >= HOPELESS_IN_A_ROW and any(
+        line["cause"] in HOPELESS and line["step"] > since for line in log.incidents
+    ):
+        return True
+    return bool(log.interventions) and sum(step > log.interventions[-1]["step"] for step in good) < WINDOW
 
 
 def _incident(line: Mapping[str, Any]) -> Incident:

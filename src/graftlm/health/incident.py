@@ -32,6 +32,7 @@ Class = Literal[
 HOPELESS: frozenset[Class] = frozenset(
     {"weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow"}
 )
+HOPELESS_IN_A_ROW = 3  # such steps in a row are no bad batch any more
 
 
 @dataclass(frozen=True, slots=True)

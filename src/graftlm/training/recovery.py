@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graftlm.device import random_states
 from graftlm.errors import NumericalStop
-from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.incident import HOPELESS, HOPELESS_IN_A_ROW, Incident, finding_of
 from graftlm.health.rates import RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
@@ -29,7 +29,6 @@ from graftlm.training.checkpoint import Checkpoint, good_checkpoints, load_check
 from graftlm.training.loop import StepRecord
 from graftlm.training.replay import SkippedStep
 
-HOPELESS_IN_A_ROW = 3
 REPLAYED_IN_A_ROW = (1, 3, 9, 27, 52)  # of an unbroken run of skipped steps: a falling scale needs no more looks
 MOST_REPLAYS = 50
 
