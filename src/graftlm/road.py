@@ -141,7 +141,7 @@ class Road:
         )
         held = {language: data / f"heldout-{language}" for language in LANGUAGES}
         heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
-        return StageRun(model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id)
+        return StageRun(model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id, tokenizer.name_of)
 
     def train_stage(self, number: int) -> Callable[[Step], Facts]:
         """The step that trains stage `number` (from 0)."""

@@ -56,7 +56,8 @@ def looked_at(
     attend_packed(body_of(model))
     plant(model)
     steps = Steps(rows or spoken_rows(), batch_rows=8, micro_batch_tokens=256, epochs=1, seed=0)
-    return preflight(take_look(model, steps, stage, make_precision(stage, torch.device("cpu")), FIRST_NEW_ID))
+    precision = make_precision(stage, torch.device("cpu"))
+    return preflight(take_look(model, steps, stage, precision, FIRST_NEW_ID, lambda row: f"piece {row}"))
 
 
 def expect(fault: str, findings: list[Finding], cause: str, where: str, cure: str) -> Finding:
@@ -80,6 +81,10 @@ def set_rows(factor: float, place: int | None = None) -> Callable[[Any], None]:
             (rows if place is None else rows[place]).mul_(factor)
 
     return plant
+
+
+def scale_old_row(row: int, factor: float) -> Callable[[Any], None]:
+    return lambda model: model.get_input_embeddings().parametrizations.weight.original0.data[row].mul_(factor)
 
 
 def scale_module(name: str, factor: float) -> Callable[[Any], None]:
@@ -127,6 +132,13 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
     "tiny new rows": (
         lambda: looked_at(stage_of(), plant=set_rows(1e-4)), "tiny-new-rows", "embedding", "grow.embedding",
     ),
+    "one old row far too large": (
+        lambda: looked_at(stage_of(), plant=scale_old_row(7, 3000)),
+        "outlier-row", "row 7 of the embedding", "another copy of the base",
+    ),
+    "one new row far too large": (
+        lambda: looked_at(stage_of(), plant=set_rows(3000, 3)), "huge-new-rows", "embedding", "grow.embedding",
+    ),
     "a new row of NaN": (
         lambda: looked_at(stage_of(), plant=set_rows(float("nan"), 3)),
         "weights-not-finite", f"row {FIRST_NEW_ID + 3}", "grow.embedding",
@@ -172,6 +184,15 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
 def test_told_before_the_first_step(fault: str) -> None:
     plant, cause, where, cure = BEFORE[fault]
     expect(fault, plant(), cause, where, cure)
+
+
+def test_a_row_that_stands_out_is_named_with_its_piece_and_nothing_else_is_blamed() -> None:
+    [found] = looked_at(stage_of(), plant=scale_old_row(7, 3000))
+    assert "Row 7 of the embedding ('piece 7'), of an old piece" in found.evidence
+    [found] = looked_at(stage_of(), plant=set_rows(3000, 3))
+    assert f"Row {FIRST_NEW_ID + 3} of the embedding ('piece {FIRST_NEW_ID + 3}'), of a new piece" in found.evidence
+    [found] = looked_at(stage_of(), plant=set_rows(float("nan"), 3))
+    assert found.where.endswith(f"row {FIRST_NEW_ID + 3} ('piece {FIRST_NEW_ID + 3}')")
 
 
 def trained(tmp_path: Path, stage: Stage, model: Any, rows: TokenRows | None = None, plant: Any = None) -> StageRun:

@@ -20,6 +20,7 @@ from graftlm.health.probe import BadTensor
 
 LOW_HEADROOM_BITS = 2.0  # of the forward pass; activations of healthy runs grow by less than that
 ROW_RATIO = 16.0  # rms of new rows against old ones; mean rows, the smallest sensible start, lie at 1/9
+ROW_OUTLIER = 64.0  # rms of one row against the median row; the largest in trained bases is 3 times that
 LOSS_ABOVE_UNIFORM = 3.0  # nats above ln V
 ADAPTER_PUSH = 32.0  # times the push of alpha = rank at 2e-4
 
@@ -41,14 +42,27 @@ class RoleNumbers:
 
 
 @dataclass(frozen=True, slots=True)
+class LargestRow:
+    """The row of a vocabulary matrix with the largest rms: its id, the text of its piece, and whether that is new;
+    `typical_rms` is the median row's."""
+
+    row_id: int
+    text: str
+    is_new: bool
+    rms: float
+    typical_rms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Look:
     """All that was seen: of the stage's first rows (`num_*`), of the pass, and of the stage's settings.
 
-    `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives (old, new) rows by matrix,
-    whether they learn or not; `bad_weight` is the first parameter that is not finite, with its row; `bad_row_id` a row
-    of data with an id outside the vocabulary, -1 for none; `ends_right` whether any answer's last target is the end
-    token; `uniform_loss` is what knowing nothing costs, ln V; `lora_factor` what the adapter is multiplied by, None
-    without one. Where an id lies outside there was no pass, and what it would have shown is empty.
+    `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives the median rms of (old, new)
+    rows by matrix, whether they learn or not, `largest_rows` the one that stands out most; `bad_weight` is the first
+    parameter that is not finite, with its row; `bad_row_id` a row of data with an id outside the vocabulary, -1 for
+    none; `ends_right` whether any answer's last target is the end token; `uniform_loss` is what knowing nothing costs,
+    ln V; `lora_factor` what the adapter is multiplied by, None without one. Where an id lies outside there was no pass,
+    and what it would have shown is empty.
     """
 
     precision: str
@@ -60,6 +74,7 @@ class Look:
     roles: Mapping[str, RoleNumbers]
     frozen: tuple[str, ...]
     row_rms: Mapping[str, tuple[float, float]]
+    largest_rows: Mapping[str, LargestRow]
     bad_weight: str
     headroom_bits: float
     headroom_where: str
@@ -77,8 +92,8 @@ class Look:
 def preflight(look: Look) -> list[Finding]:
     """The findings, gravest first. Empty is green."""
     findings = [
-        *_rows_of_data(look), *_dtypes(look), *_learns(look), *_not_finite(look), *_headroom(look), *_row_sizes(look),
-        *_first_loss(look), *_adapter(look),
+        *_rows_of_data(look), *_dtypes(look), *_learns(look), *_not_finite(look), *_headroom(look),
+        *(_row_sizes(look) or _outliers(look)), *_first_loss(look), *_adapter(look),
     ]  # fmt: skip
     return sorted(findings, key=lambda finding: ("fatal", "warning", "note").index(finding.severity))
 
@@ -195,7 +210,7 @@ def _headroom(look: Look) -> list[Finding]:
 def _row_sizes(look: Look) -> list[Finding]:
     findings = []
     for matrix, (old, new) in look.row_rms.items():
-        if not old or not math.isfinite(new) or old / ROW_RATIO <= new <= old * ROW_RATIO:
+        if not old or not math.isfinite(old + new) or old / ROW_RATIO <= new <= old * ROW_RATIO:
             continue
         kind, less = ("tiny", "small") if new < old else ("huge", "large")
         findings.append(
@@ -204,6 +219,27 @@ def _row_sizes(look: Look) -> list[Finding]:
                     "gradients behind it.",
                     f"Set grow.{matrix} to subpiece-mean or subpiece-mean-norm.")
         )  # fmt: skip
+    return findings
+
+
+def _outliers(look: Look) -> list[Finding]:
+    """A single row far larger than the others: of a base it is damage, of a new piece a start gone wrong."""
+    findings = []
+    for matrix, row in look.largest_rows.items():
+        if not row.typical_rms or not math.isfinite(row.rms) or row.rms <= ROW_OUTLIER * row.typical_rms:
+            continue
+        named = f"Row {row.row_id} of the {matrix} ({row.text!r})" if row.text else f"Row {row.row_id} of the {matrix}"
+        told = (
+            f"{named}, of {'a new' if row.is_new else 'an old'} piece, has rms {row.rms:.2g}, the median row "
+            f"{row.typical_rms:.2g}: wherever that piece stands it drowns what else is there."
+        )
+        cure = (
+            f"Set grow.{matrix} to subpiece-mean or subpiece-mean-norm."
+            if row.is_new
+            else "Take another copy of the base: no training makes one row so large."
+        )
+        cause, where = ("huge-new-rows", "new rows of") if row.is_new else ("outlier-row", f"row {row.row_id} of")
+        findings.append(Finding(cause, "warning", f"{where} the {matrix}", None, told, cure))
     return findings
 
 

@@ -90,17 +90,26 @@ def plain_name(name: str) -> str:
     return name.replace(".lora_A.default", ".lora_A").replace(".lora_B.default", ".lora_B")
 
 
-def first_bad_weight(model: nn.Module, first_new_id: int | None) -> str:
+NameOf = Callable[[int], str]
+
+
+def no_name(_: int) -> str:
+    """What an id is called where nobody knows its text."""
+    return ""
+
+
+def first_bad_weight(model: nn.Module, first_new_id: int | None, name_of: NameOf = no_name) -> str:
     """The first parameter, learning or not, with a number that is not finite; of a vocabulary matrix, its row too.
 
-    Empty where all are finite.
+    Empty where all are finite. `name_of` tells a row's text.
     """
     for name, rows in bad_parameters(model):
         if not rows:
             return plain_name(name)
         # The second part of a split matrix begins with the first new piece.
         offset = (first_new_id or 0) if name.endswith("original1") else 0
-        return f"{plain_name(name)}, row {rows[0] + offset}"
+        text = name_of(rows[0] + offset)
+        return f"{plain_name(name)}, row {rows[0] + offset}" + (f" ({text!r})" if text else "")
     return ""
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.device import Precision, random_states, restore_random_states
-from graftlm.health.preflight import Look, RoleNumbers
-from graftlm.health.probe import Probe, bits_below, first_bad_weight, plain_name, watching
+from graftlm.health.preflight import LargestRow, Look, RoleNumbers
+from graftlm.health.probe import NameOf, Probe, bits_below, first_bad_weight, no_name, plain_name, watching
 from graftlm.model.body import labelled_hidden_states
-from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
+from graftlm.model.causal import head_weight, is_tied, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
+from graftlm.model.row_init import row_rms
 from graftlm.model.rows import Role, head_rows, parameter_groups_by_role
 from graftlm.recipe import Full, Lora, NewRows, Stage
 from graftlm.text.rows import TokenRows
@@ -30,12 +31,15 @@ NUM_ROWS = 8
 BUDGET_TOKENS = 2048
 
 
-def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None) -> Look:
-    """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained."""
+def take_look(
+    model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None, name_of: NameOf = no_name
+) -> Look:
+    """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained; `name_of` tells an id's
+    text."""
     roles = parameter_groups_by_role(model)
     num_vocab_rows = len(head_weight(model))
     bad_row_id = _row_outside(steps.rows, num_vocab_rows)
-    bad_weight = first_bad_weight(model, first_new_id)
+    bad_weight = first_bad_weight(model, first_new_id, name_of)
     probe, first_loss, ids = Probe(), {}, []
     num_targets = num_tokens = 0
     batch = _first_batch(steps, precision.device)
@@ -57,6 +61,7 @@ def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, firs
         roles={role: found for role, found in numbers.items() if found.num_tensors},
         frozen=tuple(_frozen(roles, stage.trains)),
         row_rms=_row_rms(model, first_new_id),
+        largest_rows=_largest_rows(model, first_new_id, name_of),
         bad_weight=bad_weight,
         headroom_bits=bits_below(largest),
         headroom_where=where,
@@ -153,10 +158,22 @@ def _row_rms(model: Any, first_new_id: int | None) -> dict[str, tuple[float, flo
         return {}
 
     def rms(rows: Tensor) -> float:
-        return rows.detach().double().square().mean().sqrt().item()
+        return row_rms(rows.detach()).median().item()  # of a mean, one row far too large would say that all are
 
     matrices = zip(("embedding", "head"), vocabulary_modules(model), strict=True)
     return {name: (rms(m.weight[:first_new_id]), rms(m.weight[first_new_id:])) for name, m in matrices}
+
+
+def _largest_rows(model: Any, first_new_id: int | None, name_of: NameOf) -> dict[str, LargestRow]:
+    found = {}
+    for name, module in zip(("embedding", "head"), vocabulary_modules(model), strict=True):
+        if name == "head" and is_tied(model):
+            break
+        rms = row_rms(module.weight.detach())
+        row_id = int(rms.argmax())
+        is_new = first_new_id is not None and row_id >= first_new_id
+        found[name] = LargestRow(row_id, name_of(row_id), is_new, rms[row_id].item(), rms.median().item())
+    return found
 
 
 def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:

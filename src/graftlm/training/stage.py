@@ -27,6 +27,7 @@ from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.preflight import Look, preflight
+from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
@@ -112,8 +113,9 @@ class StageRun:
         folder: Path,
         device: torch.device,
         first_new_id: int | None,
+        name_of: NameOf = no_name,
     ) -> None:
-        self.stage, self.folder, self.first_new_id = stage, folder, first_new_id
+        self.stage, self.folder, self.first_new_id, self.name_of = stage, folder, first_new_id, name_of
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl")
         seed_everything(stage.seed)
@@ -230,7 +232,7 @@ class StageRun:
     def look(self) -> tuple[Look, list[Finding]]:
         """The pre-flight of a stage not yet begun: what was seen, and the findings."""
         tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
+        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of)
         return look, [*([tight] if tight else []), *preflight(look)]
 
     def untrained_model(self) -> Any:
@@ -270,7 +272,8 @@ class StageRun:
         self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
-        return replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+        good = self._last_good()
+        return replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
         return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
