@@ -186,6 +186,24 @@ def test_told_before_the_first_step(fault: str) -> None:
     expect(fault, plant(), cause, where, cure)
 
 
+@pytest.mark.parametrize(
+    ("rank", "alpha", "rslora", "rate", "is_told"),
+    [
+        (64, 64, True, 1e-3, False),
+        (64, 64, True, 4e-3, True),
+        (64, 512, False, 1e-3, True),
+        (64, 64, False, 4e-3, False),
+    ],
+)
+def test_the_push_of_an_adapter_is_told_where_it_was_measured_to_ruin(
+    rank: int, alpha: int, rslora: bool, rate: float, is_told: bool
+) -> None:
+    """Rank-stabilized LoRA has the same push at a lower rate, and stands more of it."""
+    trains = {"kind": "lora", "rank": rank, "alpha": alpha, "rslora": rslora, "rows": "new"}
+    found = looked_at(stage_of(trains, peak_lr=rate, groups={"new_rows": {"peak_lr": 1e-4}}))
+    assert [f.cause for f in found] == ["adapter-push-high"] * is_told
+
+
 def test_a_row_that_stands_out_is_named_with_its_piece_and_nothing_else_is_blamed() -> None:
     [found] = looked_at(stage_of(), plant=scale_old_row(7, 3000))
     assert "Row 7 of the embedding ('piece 7'), of an old piece" in found.evidence

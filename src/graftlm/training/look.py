@@ -56,6 +56,7 @@ def take_look(
         eps=stage.eps,
         peak_lr=_adapter_rate(stage),
         lora_factor=_lora_factor(stage.trains),
+        is_rank_stabilized=isinstance(stage.trains, Lora) and stage.trains.rslora,
         num_vocab_rows=num_vocab_rows,
         uniform_loss=math.log(num_vocab_rows),
         roles={role: found for role, found in numbers.items() if found.num_tensors},
