@@ -223,6 +223,28 @@ def test_findings_are_told_gravest_first_and_one_line_a_knob(tmp_path: Path) -> 
     ]
 
 
+def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_path: Path) -> None:
+    blamed = incident(46, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["adapter", "new_rows"], loss=5.0)
+    cut = {**rollback(40, 46), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.3}}
+    run = write_run(tmp_path, [[*good(1, 40), *climb(41, 46, 4, 7), blamed, cut, *good(41, 90)]])
+    pushed = preflight_finding(cause="adapter-push-high", severity="warning")
+    write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
+    found = autopsy(run)
+    # The group that was cut, hot by a rate of its own, is named first and alone in the line.
+    assert found.changes == ["stages.lora.groups.new_rows.peak_lr=0.0003", "stages.lora.groups.adapter.peak_lr=5e-05"]
+    told = next(d for d in found.diagnoses if d.finding.cause == "loss-rose")
+    assert "the new rows of embedding and head or the adapter alone" in told.finding.evidence
+    assert told.finding.cure.startswith("Lower groups.new_rows.peak_lr")
+    cut["rate_factors"] = {"adapter": 0.3}
+    recipe = {**RECIPE, "stages": []}
+    run = write_run(tmp_path / "own", [[*good(1, 40), *climb(41, 46, 4, 7), blamed, cut, *good(41, 90)]], recipe)
+    asked = json.loads((run / "recipe.json").read_text())
+    asked["recipe"]["stages"][0]["groups"] = {"adapter": {"peak_lr": 1e-2}}
+    write_json(run / "recipe.json", asked)
+    write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
+    assert autopsy(run).changes == ["stages.lora.groups.adapter.peak_lr=0.003"]
+
+
 @pytest.mark.parametrize(
     ("cause", "asked", "more", "lines"),
     [

@@ -64,9 +64,13 @@ class Autopsy:
 
     @property
     def changes(self) -> list[str]:
-        """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's."""
+        """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's, and of two as
+        grave that of what happened rather than of what was foreseen."""
         by_knob: dict[str, str] = {}
-        for told in self.diagnoses:
+        by_weight = sorted(
+            self.diagnoses, key=lambda told: (SEVERITIES.index(told.finding.severity), told.finding.step is None)
+        )
+        for told in by_weight:
             for line in told.lines:
                 by_knob.setdefault(line.partition("=")[0], line)
         return list(by_knob.values())
