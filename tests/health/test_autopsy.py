@@ -130,6 +130,28 @@ def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> No
         assert autopsy(write_run(tmp_path / verdict, [lines])).verdict == verdict
 
 
+def test_damage_to_the_old_language_is_part_of_the_verdict(tmp_path: Path) -> None:
+    def held(step: int, new: float, old: float) -> dict[str, Any]:
+        told = {"new": {"loss_per_answer_token": new}, "old": {"loss_per_answer_token": old}}
+        return {"event": "heldout", "step": step, **told}
+
+    found = {}
+    for name, lines in {"mended": recovered(), "well": good(1, 90)}.items():
+        for old in (3.5, 9.0):
+            run = write_run(tmp_path / f"{name}{old}", [[held(0, 8.8, 3.2), *lines, held(90, 4.0, old)]])
+            found[name, old] = autopsy(run)
+    verdicts = {key: one.verdict for key, one in found.items()}
+    assert verdicts == {
+        ("mended", 3.5): "recovered", ("mended", 9.0): "damaged", ("well", 3.5): "healthy", ("well", 9.0): "healthy",
+    }  # fmt: skip
+    told = {key for key, one in found.items() if "old language ended far above its start" in one.told}
+    assert told == {("mended", 9.0), ("well", 9.0)}
+    [lost] = [d.finding for d in found["well", 9.0].diagnoses]
+    assert (lost.cause, lost.severity, lost.step) == ("old-language-lost", "note", 90)  # its price, no alarm
+    assert "3.20" in lost.evidence
+    assert "9.00" in lost.evidence
+
+
 @pytest.mark.parametrize("num_good", [3, 12])
 def test_a_run_still_going_is_not_called_recovered_while_it_is_in_trouble(tmp_path: Path, num_good: int) -> None:
     bad = [step_line(n, math.nan, skipped=True) for n in range(21, 25)]

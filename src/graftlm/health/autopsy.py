@@ -32,6 +32,8 @@ _WORDS: dict[Verdict, str] = {
     "diverged": "The loss ended no better than it began.",
     "crashed": "Training stopped by itself before its end.",
 }
+_OLD_LOST: dict[Verdict, str] = {"damaged": "Something went wrong and training went on, but with damage."}
+_OLD_LOST_TOO = "Held-out loss of the old language ended far above its start."
 _IN_TROUBLE = "It was in trouble at its last step so far, and nothing had mended that yet."
 
 
@@ -54,6 +56,8 @@ class Autopsy:
         """The verdict in words."""
         if any(course.is_in_trouble and course.verdict == self.verdict for course in self.courses):
             return _IN_TROUBLE
+        if any(course.is_old_lost for course in self.courses):
+            return f"{_OLD_LOST.get(self.verdict, _WORDS[self.verdict])} {_OLD_LOST_TOO}"
         return _WORDS[self.verdict]
 
     @property

@@ -24,6 +24,7 @@ VERDICTS: tuple[Verdict, ...] = ("healthy", "recovered", "damaged", "diverged", 
 # What curves show of a fault that a replay has named: part of its evidence, no finding of its own.
 _SHOWN_BY_INCIDENTS = frozenset({"loss-not-finite", "overflow-storm", "ratchet", "scale-at-floor", "not-finite"})
 _ROWS_NAMED = 3
+OLD_LOST = 1.0  # nats a token above the start: e times the perplexity
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class Names:
 class Course:
     """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known;
     `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder;
-    `is_in_trouble` tells of a stage that has not ended that what went wrong last was not over at its last step."""
+    `is_in_trouble` tells of a stage that has not ended that what went wrong last was not over at its last step,
+    `is_old_lost` that held-out loss of the old language ended far above its start."""
 
     name: str
     log: RunLog
@@ -65,6 +67,7 @@ class Course:
     good_checkpoint: str = ""
     verdict: Verdict = "healthy"
     is_in_trouble: bool = False
+    is_old_lost: bool = False
     diagnoses: list[Diagnosis] = field(default_factory=list)
 
     @property
@@ -91,11 +94,33 @@ def diagnose_course(course: Course, names: Names | None = None) -> None:
     course.verdict = "crashed" if course.is_refused else verdict
     if course.verdict not in ("healthy", "recovered"):
         shown = [finding for finding in shown if finding.cause != "over-fitted"]  # far more than that
-    found = [_diagnosis(finding, course) for finding in [*course.preflight, *shown]]
+    lost = _old_language_lost(course.log)
+    if lost and course.verdict == "recovered":
+        course.verdict, lost = "damaged", replace(lost, severity="fatal")
+    course.is_old_lost = lost is not None
+    found = [_diagnosis(finding, course) for finding in [*course.preflight, *shown, *([lost] if lost else [])]]
     found = _without_shown(found, _grouped(incidents, course, names or Names()), course)
     if course.verdict in ("healthy", "recovered"):
         found = [replace(told, finding=_no_longer_fatal(told.finding)) for told in found]
     course.diagnoses = sorted(found, key=lambda told: told.finding.step or 0)
+
+
+def _old_language_lost(log: RunLog) -> Finding | None:
+    """A note where held-out loss of the old language ended far above the reading before the first step.
+
+    Some forgetting is the price of another language; where a run had to be mended as well, it is damage.
+    """
+    readings = log.readings.get("old", ())
+    if len(readings) < 2 or readings[0][0] != 0 or not math.isfinite(readings[0][1]):
+        return None
+    (_, first), (step, last) = readings[0], readings[-1]
+    if last <= first + OLD_LOST:
+        return None
+    return Finding(
+        "old-language-lost", "note", "held-out loss, old language", step,
+        f"Held-out loss of the old language began at {first:.2f} nats a token and ended at {last:.2f} (step {step}).",
+        "Train on rows of the old language too (data.sources, language: old), or lower peak_lr.",
+    )  # fmt: skip
 
 
 def _is_in_trouble(log: RunLog, verdict: Verdict) -> bool:
