@@ -16,7 +16,7 @@ import torch
 from graftlm.device import DTYPES, pick_device
 from graftlm.errors import UserError
 from graftlm.health.finding import Finding
-from graftlm.health.preflight import Look
+from graftlm.health.look import Look
 from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import NUM_NEW_TEXTS, expand_model

@@ -87,6 +87,14 @@ def scale_old_row(row: int, factor: float) -> Callable[[Any], None]:
     return lambda model: model.get_input_embeddings().parametrizations.weight.original0.data[row].mul_(factor)
 
 
+def scale_embedding(factor: float) -> Callable[[Any], None]:
+    def plant(model: Any) -> None:
+        for part in model.get_input_embeddings().parameters():
+            part.data.mul_(factor)
+
+    return plant
+
+
 def scale_module(name: str, factor: float) -> Callable[[Any], None]:
     return lambda model: model.get_submodule(name).weight.data.mul_(factor)
 
@@ -138,6 +146,26 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
     ),
     "one new row far too large": (
         lambda: looked_at(stage_of(), plant=set_rows(3000, 3)), "huge-new-rows", "embedding", "grow.embedding",
+    ),
+    "an embedding far too small": (
+        lambda: looked_at(stage_of(), plant=scale_embedding(1e-4)), "tiny-embedding", "embedding", "another copy",
+    ),
+    "an embedding far too large": (
+        lambda: looked_at(stage_of(), plant=scale_embedding(1e30)), "huge-embedding", "embedding", "another copy",
+    ),
+    "a rate beyond the weights' own size": (
+        lambda: looked_at(stage_of(FULL, peak_lr=3.0)), "rate-too-high", "body", "Lower peak_lr",
+    ),
+    "a group's rate beyond its weights' own size": (
+        lambda: looked_at(stage_of(LORA, groups={"new_rows": {"peak_lr": 0.5}})),
+        "rate-too-high", "new_rows", "groups.new_rows.peak_lr",
+    ),
+    "a loss scale that may not fall": (
+        lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**40, "floor": 1e9})),
+        "scale-floor-too-high", "loss_scale.floor", "Lower loss_scale.floor",
+    ),
+    "new rows left as they were grafted": (
+        lambda: looked_at(stage_of({**LORA, "rows": "none"})), "new-rows-fixed", "trains.rows", "new or all",
     ),
     "a new row of NaN": (
         lambda: looked_at(stage_of(), plant=set_rows(float("nan"), 3)),
@@ -202,6 +230,17 @@ def test_the_push_of_an_adapter_is_told_where_it_was_measured_to_ruin(
     trains = {"kind": "lora", "rank": rank, "alpha": alpha, "rslora": rslora, "rows": "new"}
     found = looked_at(stage_of(trains, peak_lr=rate, groups={"new_rows": {"peak_lr": 1e-4}}))
     assert [f.cause for f in found] == ["adapter-push-high"] * is_told
+
+
+def test_a_loss_scale_nothing_uses_is_a_note() -> None:
+    [found] = looked_at(stage_of(precision="fp32", loss_scale={"initial": 1024.0}))
+    assert (found.cause, found.severity) == ("loss-scale-unused", "note")
+
+
+def test_new_rows_that_were_trained_before_may_stay(base: Any) -> None:
+    stage = stage_of({**LORA, "rows": "none"})
+    run = StageRun(copy.deepcopy(base), stage, spoken_rows(), {}, Path(), torch.device("cpu"), FIRST_NEW_ID)
+    assert run.look()[1] == []
 
 
 def test_a_row_that_stands_out_is_named_with_its_piece_and_nothing_else_is_blamed() -> None:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.device import Precision, random_states, restore_random_states
-from graftlm.health.preflight import LargestRow, Look, RoleNumbers
+from graftlm.health.look import LargestRow, Look, RoleNumbers
 from graftlm.health.probe import NameOf, Probe, bits_below, first_bad_weight, no_name, plain_name, watching
 from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import head_weight, is_tied, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
 from graftlm.model.row_init import row_rms
 from graftlm.model.rows import Role, head_rows, parameter_groups_by_role
-from graftlm.recipe import Full, Lora, NewRows, Stage
+from graftlm.recipe import Full, Lora, LossScale, NewRows, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Batch, Steps, row_batches
 
@@ -49,14 +49,21 @@ def take_look(
         states = random_states()
         probe, first_loss = _pass(model, batch, first_new_id)
         restore_random_states(states)
-    numbers = {role: _numbers(named, _unseen(role, ids, model, first_new_id)) for role, named in roles.items()}
+    numbers = {
+        role: _numbers(named, _unseen(role, ids, model, first_new_id), _rate(stage, role))
+        for role, named in roles.items()
+    }
     where, largest = probe.largest(probe.products)
     look = Look(
         precision=precision.name,
         eps=stage.eps,
-        peak_lr=_adapter_rate(stage),
+        peak_lr=_rate(stage, "adapter" if isinstance(stage.trains, Lora) else None),
         lora_factor=_lora_factor(stage.trains),
         is_rank_stabilized=isinstance(stage.trains, Lora) and stage.trains.rslora,
+        loss_floor=precision.scaler.floor if precision.scaler else None,
+        is_scale_unused=stage.precision in ("fp32", "bf16") and stage.loss_scale != LossScale(),
+        norm_eps=float(getattr(plain_model(model).config, "rms_norm_eps", 0.0)),
+        are_new_rows_fixed=isinstance(stage.trains, Lora) and stage.trains.rows == "none" and first_new_id is not None,
         num_vocab_rows=num_vocab_rows,
         uniform_loss=math.log(num_vocab_rows),
         roles={role: found for role, found in numbers.items() if found.num_tensors},
@@ -108,7 +115,7 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
     return probe, {kind: part.double().mean().item() for kind, part in parts.items() if len(part)}
 
 
-def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int]) -> RoleNumbers:
+def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int], peak_lr: float) -> RoleNumbers:
     learning = [(plain_name(name), p) for name, p in named if p.requires_grad]
     squares = sum(p.detach().double().square().sum().item() for _, p in learning)
     count = sum(p.numel() for _, p in learning)
@@ -121,6 +128,7 @@ def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int]) -> Rol
     return RoleNumbers(
         num_tensors=len(learning),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for _, p in learning})),
+        peak_lr=peak_lr,
         weight_rms=math.sqrt(squares / max(count, 1)),
         largest_gradient=max((g.abs().amax().item() for g in gradients), default=0.0),
         silent=tuple(
@@ -198,8 +206,8 @@ def _ends_right(batch: Batch, eos: int | Sequence[int] | None) -> bool:
     return not ends or not any(last) or any(target[0] in ends for target in last if target)
 
 
-def _adapter_rate(stage: Stage) -> float:
-    own = stage.groups.adapter.peak_lr if isinstance(stage.trains, Lora) else None
+def _rate(stage: Stage, role: Role | None) -> float:
+    own = getattr(stage.groups, role).peak_lr if role else None
     return stage.peak_lr if own is None else own
 
 

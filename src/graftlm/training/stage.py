@@ -26,7 +26,8 @@ from graftlm.errors import Interrupted, NumericalStop, UserError
 from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
-from graftlm.health.preflight import Look, preflight
+from graftlm.health.look import Look
+from graftlm.health.preflight import preflight
 from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
