@@ -34,7 +34,7 @@ from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, read_metrics, say, write_json
+from graftlm.run import Metrics, json_values, read_metrics, say, write_json
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
 from graftlm.training.batches import NO_SPARING, Sparing, Steps
@@ -250,7 +250,8 @@ class StageRun:
         if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
             raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
         look, findings = self.look()
-        write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
+        told = {"findings": [asdict(f) for f in findings], "look": asdict(look)}
+        write_json(self.folder / PREFLIGHT, json_values(told))
         for finding in findings:
             if finding.severity == "fatal" and self.stage.recovery != "off":
                 text = f"{self.stage.name}, before the first step: {finding.evidence}"
