@@ -6,6 +6,7 @@ stage's result is one file of trained tensors; `apply_stage` puts it onto the mo
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 from dataclasses import asdict
@@ -25,13 +26,15 @@ from graftlm.errors import Interrupted, NumericalStop, UserError
 from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
-from graftlm.health.preflight import Look, preflight
+from graftlm.health.look import Look
+from graftlm.health.preflight import preflight
+from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, read_metrics, say, write_json
+from graftlm.run import Metrics, json_values, read_metrics, say, write_json
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
 from graftlm.training.batches import NO_SPARING, Sparing, Steps
@@ -45,9 +48,16 @@ from graftlm.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from graftlm.training.evidence import keep_batch
 from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
-from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
+from graftlm.training.optim import (
+    cut_peak_rates,
+    learning_rate_shape,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from graftlm.training.precision import make_precision
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
@@ -104,8 +114,9 @@ class StageRun:
         folder: Path,
         device: torch.device,
         first_new_id: int | None,
+        name_of: NameOf = no_name,
     ) -> None:
-        self.stage, self.folder, self.first_new_id = stage, folder, first_new_id
+        self.stage, self.folder, self.first_new_id, self.name_of = stage, folder, first_new_id, name_of
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl")
         seed_everything(stage.seed)
@@ -130,7 +141,8 @@ class StageRun:
         num_steps = self.steps.num_steps
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
         self.recorder = Recorder(self.roles)
-        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
+        keep = functools.partial(keep_batch, folder, self.steps)
+        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, keep)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.step = self.num_updates = 0
         self.is_stopping = False
@@ -189,8 +201,8 @@ class StageRun:
         if not self.resume():
             self._look_before_the_first_step()
             self._read_heldout(0)
-            if self.stage.recovery == "automatic":
-                self._save()  # the first state to go back to
+            if self.stage.recovery != "off":
+                self._save()  # the first state to go back to, or to put back for a moment to tell who is to blame
         previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < self.steps.num_steps:
@@ -221,7 +233,7 @@ class StageRun:
     def look(self) -> tuple[Look, list[Finding]]:
         """The pre-flight of a stage not yet begun: what was seen, and the findings."""
         tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
+        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of)
         return look, [*([tight] if tight else []), *preflight(look)]
 
     def untrained_model(self) -> Any:
@@ -238,7 +250,8 @@ class StageRun:
         if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
             raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
         look, findings = self.look()
-        write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
+        told = {"findings": [asdict(f) for f in findings], "look": asdict(look)}
+        write_json(self.folder / PREFLIGHT, json_values(told))
         for finding in findings:
             if finding.severity == "fatal" and self.stage.recovery != "off":
                 text = f"{self.stage.name}, before the first step: {finding.evidence}"
@@ -261,7 +274,8 @@ class StageRun:
         self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
-        return replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+        good = self._last_good()
+        return replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
         return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
@@ -273,13 +287,14 @@ class StageRun:
     def _train(self) -> None:
         num_steps = self.steps.num_steps
         shape = learning_rate_shape(self.stage, num_steps)
+        cut_peak_rates(self.optimizer, self.recovery.rates.of_roles)
         with steps_shown(self.stage.name, num_steps, self.step) as show:
             train(
                 self.model,
                 self.steps,
                 first_step=self.step,
                 num_updates=self.num_updates,
-                lr_at=lambda updates: self.recovery.rate_factor * shape(updates),
+                lr_at=lambda updates: self.recovery.rates.of_all * shape(updates),
                 optimizer=self.optimizer,
                 groups=self.roles,
                 precision=self.precision,
