@@ -37,7 +37,8 @@ from graftlm.text.templates import Template, find_template
 from graftlm.text.texts import first_texts
 from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
 from graftlm.training.scratch import build_scratch_base
-from graftlm.training.stage import StageRun, apply_stage, attach_stage
+from graftlm.training.stage import StageRun
+from graftlm.training.trained import apply_stage, attach_stage
 
 LANGUAGES: tuple[Literal["new", "old"], ...] = ("new", "old")
 

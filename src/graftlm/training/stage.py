@@ -1,13 +1,12 @@
 """One stage around the loop: what learns, from which rows, saved and resumed how.
 
-Owns resuming, interruption and the stage's result. The loop knows none of it: everything hangs on `on_step`. A
-stage's result is one file of trained tensors; `apply_stage` puts it onto the model the stage began with.
+Owns resuming and what surrounds the steps. The loop knows none of it: everything hangs on `on_step`. A stage's result
+is one file of trained tensors, kept and put back by `trained.py`.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
 from graftlm.training.room import memory_finding
 from graftlm.training.show import steps_shown
+from graftlm.training.stopping import StopAsked
 from graftlm.training.trainable import (
     copy_weights,
     learning_roles,
@@ -61,26 +61,14 @@ from graftlm.training.trainable import (
     restore_model,
     trainable_parameters,
 )
+from graftlm.training.trained import TRAINED
 
-TRAINED = "trained"
 STATE_GROUPS = ("weights", "optimizer", "random")
 CHECKPOINTS_BY_DEFAULT = 10
 
 
 class _EarlyStop(Exception):
     """Held-out loss has not improved for long enough."""
-
-
-def apply_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
-    """Put the result of a finished stage onto the model it began with; returns a plain model in float32."""
-    return restore_model(attach_stage(model, stage, folder, first_new_id), stage.trains, first_new_id)
-
-
-def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
-    """The model as it stood at the end of a finished stage: adapters attached, not merged."""
-    model = prepare_model(model, stage.trains, first_new_id, stage.seed)
-    copy_weights(model, load_checkpoint(folder / TRAINED).tensors["weights"])
-    return model
 
 
 def _sparing(stage: Stage, model: Any) -> Sparing:
@@ -133,7 +121,7 @@ class StageRun:
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.step = self.num_updates = 0
-        self.is_stopping = False
+        self.stop = StopAsked()
 
     def state(self) -> Checkpoint:
         """All that the next step depends on."""
@@ -191,10 +179,10 @@ class StageRun:
             self._read_heldout(0)
             if self.stage.recovery == "automatic":
                 self._save()  # the first state to go back to
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.step < self.steps.num_steps:
-                self._train_or_roll_back()
+            with self.stop.heard():
+                while self.step < self.steps.num_steps:
+                    self._train_or_roll_back()
         except _EarlyStop:
             say(f"{self.stage.name}: held-out loss stopped improving; stopped after step {self.step}")
             self.metrics.append("note", step=self.step, text="stopped early: held-out loss no longer improves")
@@ -204,9 +192,6 @@ class StageRun:
                 f"Lower micro_batch_tokens (now {self.stage.micro_batch_tokens}) or set gradient_checkpointing: true; "
                 "neither starts the stage anew: it goes on from its last checkpoint.",
             ) from None
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self.num_updates == 0:
             text = (
                 f"{self.stage.name}: each of its {self.step} steps had gradients that are not finite; nothing was "
@@ -215,7 +200,7 @@ class StageRun:
             self.metrics.append("stopped", step=self.step, text=text)
             raise NumericalStop(text, "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.")
         self._keep_result()
-        if self.is_stopping:
+        if self.stop.is_asked:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
     def look(self) -> tuple[Look, list[Finding]]:
@@ -349,14 +334,8 @@ class StageRun:
         save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
         prune_checkpoints(self.checkpoints)
 
-    def _ask_to_stop(self, number: int, _: Any) -> None:
-        if self.is_stopping:
-            raise KeyboardInterrupt
-        self.is_stopping = True
-        say(f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)")
-
     def _stop_if_asked(self, record: StepRecord) -> None:
-        if not self.is_stopping:
+        if not self.stop.is_asked:
             return
         self._save()
         if record.step < self.steps.num_steps:
