@@ -57,7 +57,8 @@ class Incident:
     `module` is the first with a non-finite tensor in time order; `culprits` are the roles (adapter, new_rows,
     old_rows, body) each of which alone, put back to its last good state, cures the step: what was learned is to blame.
     `bad_from_start` are roles cured only by a neutral start. `bad_rows` are ids of rows that are not finite by
-    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose.
+    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `rank` is the process whose rows
+    they are, where several train together.
     """
 
     step: int
@@ -76,6 +77,7 @@ class Incident:
     bad_weight: str = ""
     loss: float = 0.0
     best: float = 0.0
+    rank: int = -1
 
     @property
     def lora_side(self) -> str:
@@ -133,7 +135,8 @@ def _place(incident: Incident, token: str) -> str:
         return ""
     kind = f"{'new' if incident.is_new_token else 'old'} piece, {'answer' if incident.is_answer else 'prompt'}"
     named = f" {token!r}" if token else ""
-    return f"It begins at row {incident.row_id}, token {incident.token_id}{named} ({kind})."
+    on_rank = f" on rank {incident.rank}" if incident.rank >= 0 else ""
+    return f"It begins{on_rank} at row {incident.row_id}, token {incident.token_id}{named} ({kind})."
 
 
 def _blame(incident: Incident) -> str:

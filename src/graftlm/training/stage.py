@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from graftlm.device import (
@@ -37,9 +38,9 @@ from graftlm.training.batches import NO_SPARING, Sparing, Steps
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
-    good_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    newest_good_weights,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
@@ -48,12 +49,14 @@ from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
 from graftlm.training.precision import make_precision
+from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
 from graftlm.training.room import memory_finding
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
+from graftlm.training.together import checkpoint_from_first, gravest
 from graftlm.training.trainable import (
     copy_weights,
     learning_roles,
@@ -92,10 +95,11 @@ class StageRun:
         folder: Path,
         device: torch.device,
         first_new_id: int | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.stage, self.folder, self.first_new_id = stage, folder, first_new_id
+        self.stage, self.folder, self.first_new_id, self.ranks = stage, folder, first_new_id, ranks
         self.checkpoints = folder / "checkpoints"
-        self.metrics = Metrics(folder / "metrics.jsonl")
+        self.metrics = Metrics(folder / "metrics.jsonl", ranks.is_first)
         seed_everything(stage.seed)
         self.precision = make_precision(stage, device)
         self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
@@ -114,13 +118,16 @@ class StageRun:
             epochs=stage.epochs,
             seed=stage.seed,
             sparing=_sparing(stage, self.model),
+            rank=ranks.rank,
+            num_ranks=ranks.count,
         )
         num_steps = self.steps.num_steps
-        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
+        self.step = self.num_updates = 0
+        self._draw_as_rank()
+        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, ranks)
         self.recorder = Recorder(self.roles)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
-        self.step = self.num_updates = 0
         self.stop = StopAsked()
 
     def state(self) -> Checkpoint:
@@ -144,7 +151,7 @@ class StageRun:
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there was one. Raises UserError."""
-        saved = load_newest_checkpoint(self.checkpoints, STATE_GROUPS)
+        saved = checkpoint_from_first(self.ranks, lambda: load_newest_checkpoint(self.checkpoints, STATE_GROUPS))
         if saved is None:
             self.metrics.cut_after(-1)
             return False
@@ -169,13 +176,15 @@ class StageRun:
         self.precision.skips_in_a_row = values["skips_in_a_row"]
         if self.precision.scaler and values["scaler"]:
             self.precision.scaler.restore(values["scaler"])
+        self._draw_as_rank()
         self.recorder.read()  # what moved here was no step
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
         forget_peak_memory(self.precision.device)
         if not self.resume():
-            self._look_before_the_first_step()
+            self._refuse_tight_memory()
+            self.ranks.from_first(self._look_before_the_first_step)
             self._read_heldout(0)
             if self.stage.recovery == "automatic":
                 self._save()  # the first state to go back to
@@ -216,12 +225,21 @@ class StageRun:
         attend_plain(model)
         return model
 
+    def _refuse_tight_memory(self) -> None:
+        """Before a pass that may end in a kill. Raises UserError on every rank, unless the stage wants no doctor."""
+        tight = memory_finding(
+            self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks.local_count
+        )
+        is_fatal = tight is not None and tight.severity == "fatal" and self.stage.recovery != "off"
+        told = [
+            found for found in self.ranks.gather([tight.evidence, tight.cure] if tight and is_fatal else None) if found
+        ]
+        if told:
+            raise UserError(f"{self.stage.name}, before the first step: {told[0][0]}", told[0][1])
+
     def _look_before_the_first_step(self) -> None:
-        """Raises NumericalStop on a fatal finding, UserError on one of memory, unless the stage wants no doctor."""
+        """Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
         refuse_longer_rows(body_of(self.model), int(self.steps.rows.lengths.max(initial=0)))
-        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
-            raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
         look, findings = self.look()
         write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
         for finding in findings:
@@ -242,18 +260,22 @@ class StageRun:
             self._roll_back(stop.problem)
 
     def _roll_back(self, why: str) -> None:
-        self._go_back_to(self.recovery.roll_back(why, self.step, self.checkpoints))
+        saved = checkpoint_from_first(self.ranks, lambda: self.recovery.roll_back(why, self.step, self.checkpoints))
+        assert saved is not None
+        self._go_back_to(saved)
+        self.recovery.restore(self.ranks.from_first(self.recovery.state))
         self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
-        return replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+        own = replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+        return gravest(self.ranks, own)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
-        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
+        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best, self.ranks)
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
-        good = good_checkpoints(self.checkpoints)
-        return load_checkpoint(good[-1]).tensors["weights"] if good else None
+        saved = checkpoint_from_first(self.ranks, lambda: newest_good_weights(self.checkpoints))
+        return None if saved is None else saved.tensors["weights"]
 
     def _train(self) -> None:
         num_steps = self.steps.num_steps
@@ -273,6 +295,7 @@ class StageRun:
                     self._count, self._record, show, self.recovery.see, self._watch_heldout, self._save_regularly,
                     self._stop_if_asked,
                 ],
+                ranks=self.ranks,
             )  # fmt: skip
 
     def finished_model(self) -> Any:
@@ -304,6 +327,7 @@ class StageRun:
             "num_learning_parameters": sum(p.numel() for p in trainable_parameters(self.model).values()),
             "precision": self.precision.name,
             "device": self.precision.device.type,
+            "num_ranks": self.ranks.count,
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -311,6 +335,15 @@ class StageRun:
 
     def _count(self, record: StepRecord) -> None:
         self.step, self.num_updates = record.step, record.num_updates
+        self._draw_as_rank()
+
+    def _draw_as_rank(self) -> None:
+        """Let each of several ranks draw (dropout) from a stream of its own, begun anew at every step: a checkpoint
+        then holds all that any number of ranks needs."""
+        if not self.ranks.is_alone:
+            torch.manual_seed(
+                int(np.random.SeedSequence([self.stage.seed, self.step, self.ranks.rank]).generate_state(1)[0])
+            )
 
     def _record(self, record: StepRecord) -> None:
         self.metrics.append("step", **asdict(record), **self.recorder.read())
@@ -331,17 +364,23 @@ class StageRun:
             self._save()
 
     def _save(self) -> None:
-        save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
-        prune_checkpoints(self.checkpoints)
+        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The weights")
+        if self.ranks.is_first:
+            save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
+            prune_checkpoints(self.checkpoints)
 
     def _stop_if_asked(self, record: StepRecord) -> None:
-        if not self.stop.is_asked:
+        if not self.ranks.any(self.stop.is_asked):
             return
+        self.stop.is_asked = True
         self._save()
         if record.step < self.steps.num_steps:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
     def _keep_result(self) -> None:
+        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The trained weights")
+        if not self.ranks.is_first:
+            return
         kept = self.watch.best()
         if kept is not None and kept.values["step"] == 0:
             say(f"{self.stage.name}: no held-out reading was better than before it; the weights it began with are kept")
