@@ -77,7 +77,7 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
         there = torch.cuda.device_count()
         raise UserError(f"--gpus {num_ranks}: this machine has {there}.", f"Ask for at most {there}.")
     _refuse_more_ranks_than_rows(num_ranks, recipe)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its story of an end; ours is below
+    logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below
     # torchrun would give every rank one thread; a machine's cores are shared out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
@@ -92,19 +92,18 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
 
 
 def _end(error: Any, num_ranks: int) -> None:
-    """What the first failure means for all. A rank that raised has told its story; one that was killed cannot."""
-    killed = [(rank, failure) for rank, failure in sorted(error.failures.items()) if failure.exitcode < 0]
-    if killed:
-        rank, failure = killed[0]
-        raise RankLost(
-            f"Rank {rank} of {num_ranks} was ended by "
-            f"{signal.Signals(-failure.exitcode).name}; the others have stopped.",
-            "Run the same command again: it goes on from the last checkpoint. SIGKILL is often the system's, for want "
-            "of memory: lower stages.NAME.micro_batch_tokens, or --gpus.",
-        )
-    codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
-    # Of a rank that failed and one that lost it: the one that failed.
-    raise typer.Exit(next((code for code in codes if code != RankLost.exit_code), codes[0]))
+    """What the first failures mean for all. A rank that left by itself has told why; one that was killed could not."""
+    codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+    left = [code for code in codes.values() if code > 0]
+    if left:
+        # Of a rank that failed and one that lost it: the one that failed.
+        raise typer.Exit(next((code for code in left if code != RankLost.exit_code), left[0]))
+    rank, code = next(iter(codes.items()))
+    raise RankLost(
+        f"Rank {rank} of {num_ranks} was ended by {signal.Signals(-code).name}; the others have stopped.",
+        "Run the same command again: it goes on from the last checkpoint. SIGKILL is often the system's, for want of "
+        "memory: lower stages.NAME.micro_batch_tokens, or --gpus.",
+    )
 
 
 def _refuse_more_ranks_than_rows(num_ranks: int, recipe: Recipe) -> None:
