@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ def run(
     from graftlm.training.place import place_here
 
     place = place_here()
+    if place.count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank's end is told in words, not as a dump of torch
     loaded = load_recipe(recipe, overrides or (), needs_files=place.rank == 0)
     folder = out or Path("runs") / loaded.name
     if gpus is not None and (gpus > 1 or place.count > 1):

@@ -87,8 +87,7 @@ def _take_gpu(place: Place) -> None:
 def _store(place: Place, join_seconds: float, is_second: bool = False) -> Any:
     """The store at MASTER_ADDR: held by torchrun's agent, or by rank 0 itself."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_holder = place.rank == 0 and not is_agents and not is_second
+    is_holder = place.rank == 0 and not _is_agents() and not is_second
     try:
         store = dist.TCPStore(
             address, int(port), place.count, is_holder, timedelta(seconds=join_seconds), wait_for_workers=False
@@ -102,6 +101,11 @@ def _store(place: Place, join_seconds: float, is_second: bool = False) -> Any:
     return dist.PrefixStore(f"graftlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def _is_agents() -> bool:
+    """Whether torchrun's agent holds the store: it outlives every rank."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _meet(store: Any, place: Place, own: Mapping[str, Any], join_seconds: float) -> None:
     """Wait until every rank has said what it runs; refuse ranks that run something else. Raises UserError."""
     until = time.monotonic() + join_seconds
@@ -111,6 +115,10 @@ def _meet(store: Any, place: Place, own: Mapping[str, Any], join_seconds: float)
         with contextlib.suppress(dist.DistStoreError):
             store.wait([f"runs/{rank}"], timedelta(seconds=max(0.01, until - time.monotonic())))
             told[rank] = json.loads(store.get(f"runs/{rank}"))
+    store.set(f"met/{place.rank}", "")
+    if place.rank == 0 and not _is_agents():  # whose process holds the store: the others must have read it
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"met/{rank}" for rank in told], timedelta(seconds=FAREWELL_SECONDS))
     missing = [str(rank) for rank in range(place.count) if rank not in told]
     if missing:
         raise UserError(
