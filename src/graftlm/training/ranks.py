@@ -161,6 +161,12 @@ class Ranks:
             for piece in flat.split(PIECE_BYTES):
                 dist.broadcast(piece, 0)
 
+    def draw_apart(self, seed: int, step: int) -> None:
+        """Let each of several ranks draw (dropout) from a stream of its own, begun anew at every step: any number of
+        ranks can then go on from any checkpoint. One rank alone draws on as it did."""
+        if not self.is_alone:
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
+
     def refuse_different(self, tensors: Sequence[Tensor], what: str) -> None:
         """Stop where ranks no longer hold the same bits, which would end in another model in silence.
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from graftlm.device import (
@@ -22,19 +21,19 @@ from graftlm.device import (
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
-from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
-from graftlm.health.preflight import Look, preflight
+from graftlm.health.preflight import Look
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
-from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
+from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, read_metrics, say, write_json
+from graftlm.run import Metrics, read_metrics, say
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
 from graftlm.training.batches import NO_SPARING, Sparing, Steps
+from graftlm.training.before import BeforeFirstStep
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
@@ -45,7 +44,6 @@ from graftlm.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
 from graftlm.training.precision import make_precision
@@ -53,7 +51,6 @@ from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
-from graftlm.training.room import memory_finding
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
 from graftlm.training.together import checkpoint_from_first, gravest
@@ -123,7 +120,7 @@ class StageRun:
         )
         num_steps = self.steps.num_steps
         self.step = self.num_updates = 0
-        self._draw_as_rank()
+        self.ranks.draw_apart(self.stage.seed, self.step)
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, ranks)
         self.recorder = Recorder(self.roles)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
@@ -176,15 +173,14 @@ class StageRun:
         self.precision.skips_in_a_row = values["skips_in_a_row"]
         if self.precision.scaler and values["scaler"]:
             self.precision.scaler.restore(values["scaler"])
-        self._draw_as_rank()
+        self.ranks.draw_apart(self.stage.seed, self.step)
         self.recorder.read()  # what moved here was no step
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
         forget_peak_memory(self.precision.device)
         if not self.resume():
-            self._refuse_tight_memory()
-            self.ranks.from_first(self._look_before_the_first_step)
+            self._before().refuse(self.folder, self.metrics)
             self._read_heldout(0)
             if self.stage.recovery == "automatic":
                 self._save()  # the first state to go back to
@@ -214,9 +210,10 @@ class StageRun:
 
     def look(self) -> tuple[Look, list[Finding]]:
         """The pre-flight of a stage not yet begun: what was seen, and the findings."""
-        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
-        return look, [*([tight] if tight else []), *preflight(look)]
+        return self._before().look()
+
+    def _before(self) -> BeforeFirstStep:
+        return BeforeFirstStep(self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks)
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
@@ -224,31 +221,6 @@ class StageRun:
         model = restore_model(self.model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
-
-    def _refuse_tight_memory(self) -> None:
-        """Before a pass that may end in a kill. Raises UserError on every rank, unless the stage wants no doctor."""
-        tight = memory_finding(
-            self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks.local_count
-        )
-        is_fatal = tight is not None and tight.severity == "fatal" and self.stage.recovery != "off"
-        told = [
-            found for found in self.ranks.gather([tight.evidence, tight.cure] if tight and is_fatal else None) if found
-        ]
-        if told:
-            raise UserError(f"{self.stage.name}, before the first step: {told[0][0]}", told[0][1])
-
-    def _look_before_the_first_step(self) -> None:
-        """Raises NumericalStop on a fatal finding, unless the stage wants no doctor."""
-        refuse_longer_rows(body_of(self.model), int(self.steps.rows.lengths.max(initial=0)))
-        look, findings = self.look()
-        write_json(self.folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
-        for finding in findings:
-            if finding.severity == "fatal" and self.stage.recovery != "off":
-                text = f"{self.stage.name}, before the first step: {finding.evidence}"
-                self.metrics.append("stopped", step=0, text=text)
-                raise NumericalStop(text, finding.cure)
-            if finding.severity != "note":
-                say(f"{self.stage.name}, before the first step: {finding.evidence} {finding.cure}")
 
     def _train_or_roll_back(self) -> None:
         try:
@@ -335,15 +307,7 @@ class StageRun:
 
     def _count(self, record: StepRecord) -> None:
         self.step, self.num_updates = record.step, record.num_updates
-        self._draw_as_rank()
-
-    def _draw_as_rank(self) -> None:
-        """Let each of several ranks draw (dropout) from a stream of its own, begun anew at every step: a checkpoint
-        then holds all that any number of ranks needs."""
-        if not self.ranks.is_alone:
-            torch.manual_seed(
-                int(np.random.SeedSequence([self.stage.seed, self.step, self.ranks.rank]).generate_state(1)[0])
-            )
+        self.ranks.draw_apart(self.stage.seed, self.step)
 
     def _record(self, record: StepRecord) -> None:
         self.metrics.append("step", **asdict(record), **self.recorder.read())
