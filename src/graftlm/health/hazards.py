@@ -78,9 +78,9 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
         )
         yield Finding(
             "data-parallel", "note", f"{num_devices} devices", None,
-            f"graftlm run --gpus shares a step's rows out to {num_devices} ranks; each holds what one device holds, and "
-            "the fp32 model in its machine's memory as it begins. Sharding weights and moments is not built yet, and no "
-            "GPU has run either.",
+            f"graftlm run --gpus shares a step's rows out to {num_devices} ranks; each holds what one device holds, "
+            "and the fp32 model in its machine's memory as it begins. Sharding weights and moments is not built yet, "
+            "and no GPU has run either.",
             f"The figures called sharded are what FSDP2 would need, predicted: {told}.",
         )  # fmt: skip
 

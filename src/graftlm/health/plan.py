@@ -132,7 +132,7 @@ def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_check
 
 
 def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePlan:
-    """The plan of one stage: on one device, with rows shared out to `num_devices`, and sharded over them (predicted)."""
+    """The plan of one stage: on one device, rows shared out to `num_devices`, and sharded over them (predicted)."""
     precision, _ = precision_told(device, wish.precision)
     size = size_of(wish, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
     worst = peak(size)
