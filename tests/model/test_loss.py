@@ -13,6 +13,7 @@ TOLERANCE = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-
 @pytest.mark.parametrize(("dtype", "rtol"), TOLERANCE)
 def test_equals_plain_cross_entropy(dtype: torch.dtype, rtol: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 16 * 4 * 50)
+    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 5 * 4 * 50)
     torch.manual_seed(0)
     hidden = torch.randn(70, 12, dtype=torch.float64)
     weight = torch.randn(50, 12, dtype=torch.float64)
@@ -38,6 +39,7 @@ def test_a_head_in_parts_gives_each_learning_part_its_gradient(
     dtype: torch.dtype, rtol: float, learns: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 16 * 4 * 50)
+    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 5 * 4 * 50)
     torch.manual_seed(0)
     hidden, weight = torch.randn(70, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64)
     targets = torch.randint(0, 50, (70,))

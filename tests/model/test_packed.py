@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from graftlm.errors import UserError
-from graftlm.model.packed import attend_packed, make_layout, refuse_longer_rows
+from graftlm.model.packed import attend_packed, make_layout, packed_attention, refuse_longer_rows
 
 LENGTHS = [5, 1, 9, 4, 9, 2]
 
@@ -110,3 +110,18 @@ def test_rows_longer_than_a_sliding_window_are_refused() -> None:
     with pytest.raises(UserError, match="reaches 8 back") as told:
         refuse_longer_rows(model, 9)
     assert "data.max_tokens=8" in told.value.fix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_cpu_autocast_leaves_attention_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layout = make_layout([9, 4, 7], torch.device("cpu"), num_shared=3)
+    query, key, value = (torch.randn(1, 2, 23, 8) for _ in range(3))
+    expected, _ = packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.4, layout=layout)
+    with torch.autocast("cpu", dtype=dtype):
+        found, _ = packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.4, layout=layout)
+    assert torch.equal(found, expected)
+    halves = (x.to(dtype) for x in (query, key, value))
+    found, _ = packed_attention(torch.nn.Identity(), *halves, None, scaling=0.4, layout=layout)
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), expected, atol=3e-2 if dtype == torch.bfloat16 else 4e-3)

@@ -73,6 +73,11 @@ class Compute:
         """Whether linear maps run in 16 bits."""
         return self.num_bytes < WIDE
 
+    @property
+    def attended_bytes(self) -> int:
+        """Bytes of a number inside attention, which a CPU computes in float32."""
+        return WIDE if self.is_cpu else self.num_bytes
+
 
 def counts_of(layout: PackedLayout, num_labels: int) -> MicroBatch:
     """Count a layout."""
@@ -197,25 +202,28 @@ class _Ledger:
 
     def attention(self, batch: MicroBatch) -> None:
         """SDPA by group of rows, and over the shared prefix: its inputs, output, log-sums, and the order after it."""
-        shape, b = self.shape, self.compute.num_bytes
+        shape, b = self.shape, self.compute.attended_bytes
         queries, keys = shape.query_width, shape.kv_width
         self._attended(batch.padded, batch.keys)
         self.add(batch.seen * b)
         if batch.num_shared:
-            # The prefix is a slice: what it is cut from stays, but where autocast copies the slice (not values).
-            cut = batch.num_shared if self.compute.is_mixed else batch.num_tokens
-            self.add((cut * (queries + keys) + batch.num_tokens * keys) * b)
+            # The prefix is a slice: what it is cut from stays, but where a cast copies the slice. Rotated queries and
+            # keys are float32, which a CPU attends in; values are what their projection gave.
+            is_mixed, is_cpu = self.compute.is_mixed, self.compute.is_cpu
+            rotated = batch.num_shared if is_mixed and not is_cpu else batch.num_tokens
+            values = batch.num_shared if is_mixed and is_cpu else batch.num_tokens
+            self.add((rotated * (queries + keys) + values * keys) * b)
             self.add(batch.num_shared * (queries * b + shape.num_heads * WIDE))
         self.add(batch.num_tokens * (INDEX + queries * b))
 
     def labelled_attention(self, batch: MicroBatch) -> None:
         """The same for labelled positions' queries alone; keys and values of all."""
         self._attended(batch.queries, batch.keys)
-        self.add(batch.asked * self.compute.num_bytes)
+        self.add(batch.asked * self.compute.attended_bytes)
         self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
 
     def _attended(self, queries: int, keys: int) -> None:
-        b, shape = self.compute.num_bytes, self.shape
+        b, shape = self.compute.attended_bytes, self.shape
         self.add((2 * queries * shape.query_width + 2 * keys * shape.kv_width) * b)
         self.add(queries * shape.num_heads * WIDE)
 

@@ -21,7 +21,7 @@ from graftlm.health.activations import (
     kept_of_head,
     kept_once,
 )
-from graftlm.model.loss import chunk_rows
+from graftlm.model.loss import block_rows, chunk_rows
 from graftlm.model.quantised import BYTES_A_NUMBER
 from graftlm.model.shapes import Shape
 
@@ -237,10 +237,9 @@ def _layer_gradients(size: StageSize) -> int:
 
 
 def _loss_bytes(size: StageSize) -> int:
-    """The head while the loss is taken: its matrix in 16 bits, its gradient, chunks of logits, hidden states."""
-    b = size.compute.num_bytes
-    narrow = b if size.compute.is_mixed else 0
-    gradient = size.learning_rows * size.shape.hidden_size * (WIDE + narrow)
+    """The head while the loss is taken: its matrix in 16 bits, its gradient, a chunk of logits, hidden states."""
+    narrow = size.compute.num_bytes if size.compute.is_mixed else 0
+    gradient = size.learning_rows * size.shape.hidden_size * WIDE
     hidden = size.batch.num_labels * size.shape.hidden_size * (WIDE + narrow)
     return _head_bytes(size) + gradient + hidden + _chunk_bytes(size)
 
@@ -252,11 +251,11 @@ def _head_bytes(size: StageSize) -> int:
 
 
 def _chunk_bytes(size: StageSize) -> int:
-    """Logits of a chunk and their soft-max in float32, beside the soft-max of the chunk before and its gradient."""
-    most = chunk_rows(size.shape.num_rows, "cpu" if size.compute.is_cpu else "cuda")
-    labels = max(size.batch.num_labels, 1)
-    before = 0 if labels <= most else WIDE + (size.compute.num_bytes if size.compute.is_mixed else 0)
-    return (2 * WIDE + before) * min(most, labels) * size.shape.num_rows
+    """A chunk of logits, which become their gradient; where they are of 16 bits, a block of them in float32."""
+    device, labels = "cpu" if size.compute.is_cpu else "cuda", max(size.batch.num_labels, 1)
+    chunk, block = (min(labels, most(size.shape.num_rows, device)) for most in (chunk_rows, block_rows))
+    wide = WIDE if size.compute.is_mixed else 0
+    return size.shape.num_rows * (chunk * size.compute.num_bytes + block * wide)
 
 
 def _backward_workspace(size: StageSize, number: int) -> int:

@@ -17,14 +17,21 @@ import torch
 
 from graftlm.model.rows import joined
 
-# By device: on a CPU larger chunks lose more in the soft-max, which leaves the cache, than products gain (docs/log.md).
-# A GPU's products want a thousand positions: an estimate, not measured.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# By device, as float32. Larger chunks make better products and hold more memory; soft-max and sums go through a chunk
+# in blocks that stay in a processor's cache (measured: docs/log.md). A GPU has no use for blocks, and its products want
+# a thousand positions: an estimate, not measured.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 def chunk_rows(num_vocab_rows: int, device_type: str) -> int:
     """Labelled positions per chunk, so that a chunk of float32 logits stays near `CHUNK_BYTES`."""
     return max(16, CHUNK_BYTES[device_type] // (4 * num_vocab_rows))
+
+
+def block_rows(num_columns: int, device_type: str) -> int:
+    """Rows of so many float32 columns to a block of `BLOCK_BYTES`."""
+    return max(1, BLOCK_BYTES[device_type] // (4 * num_columns))
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -50,28 +57,24 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         wide = torch.promote_types(compute_dtype, torch.float32)
         hidden, weight = hidden_NH.to(compute_dtype), weight_VH.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight[learned], dtype=wide) if needs_weight else None
+        grad_weight = torch.empty_like(weight[learned], dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
-        size = chunk_rows(len(weight), hidden.device.type)
-        for start in range(0, len(hidden), size):
-            hidden_CH = hidden[start : start + size]
-            targets_C = targets_N[start : start + size]
-            # One fused pass over the logits; soft-max, loss and gradient are all made from it.
-            log_share_CV = (hidden_CH @ weight.T).to(wide).log_softmax(-1)
-            total -= log_share_CV.gather(1, targets_C[:, None]).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_CV = log_share_CV.exp_()
-            grad_CV.scatter_add_(1, targets_C[:, None], grad_CV.new_full((len(targets_C), 1), -1.0))
-            grad_CV = grad_CV.mul_(expected).to(compute_dtype)
+        size = _even_size(len(hidden), chunk_rows(len(weight), hidden.device.type))
+        written_over = hidden.new_empty(size, len(weight))
+        for start in range(0, len(hidden), size or 1):
+            hidden_CH, targets_C = hidden[start : start + size], targets_N[start : start + size]
+            logits_CV = written_over[: len(targets_C)]
+            torch.mm(hidden_CH, weight.T, out=logits_CV)
+            total += _loss_and_gradient_(logits_CV, targets_C, expected, wide)
+            grad_CV = logits_CV
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[start : start + size])
-            if grad_weight is not None and wide == compute_dtype:
-                grad_weight.addmm_(grad_CV[:, learned].T, hidden_CH)
-            elif grad_weight is not None:
-                grad_weight += grad_CV[:, learned].T @ hidden_CH
+            if grad_weight is not None:
+                _add_product_(grad_weight, grad_CV[:, learned].T, hidden_CH, is_first=start == 0)
+        if grad_weight is not None and not len(hidden):
+            grad_weight.zero_()
         ctx.expected = expected
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -89,6 +92,46 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
         parts = (None if rows is None or grad_weight is None else grad_weight[rows] for rows in ctx.rows_of)
         return (grad_hidden, None, None, None, *parts)
+
+
+def _even_size(count: int, most: int) -> int:
+    """The size of chunks that share out `count` rows evenly, at most `most` to each: short products are slow ones."""
+    return -(-count // max(1, -(-count // most)))
+
+
+def _loss_and_gradient_(
+    logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: torch.Tensor, wide: torch.dtype
+) -> torch.Tensor:
+    """The chunk's summed cross-entropy in `wide`; its logits are overwritten by their gradient times `factor`."""
+    total = torch.zeros((), dtype=wide, device=logits_CV.device)
+    size = block_rows(logits_CV.shape[1], logits_CV.device.type)
+    for logits_RV, targets_R1 in zip(logits_CV.split(size), targets_C[:, None].split(size), strict=True):
+        # One exponential of each logit: loss, soft-max and gradient are all made from it, in place.
+        shares_RV = logits_RV.to(wide)
+        shares_RV -= shares_RV.amax(-1, keepdim=True)
+        picked_R1 = shares_RV.gather(1, targets_R1)
+        sums_R1 = shares_RV.exp_().sum(-1, keepdim=True)
+        total += (sums_R1.log() - picked_R1).sum()
+        grad_RV = shares_RV.mul_(factor / sums_R1)
+        grad_RV.scatter_add_(1, targets_R1, -factor.expand_as(targets_R1))
+        if grad_RV is not logits_RV:
+            logits_RV.copy_(grad_RV)
+    return total
+
+
+def _add_product_(total_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor, is_first: bool) -> None:
+    """Add `left @ right` onto a float32 or float64 sum; the first overwrites it.
+
+    A product rounded to 16 bits is added block by block: whole, it and its float32 twin would go through memory, which
+    on a CPU takes longer than the product.
+    """
+    if total_VH.dtype == left_VC.dtype:
+        total_VH.addmm_(left_VC, right_CH, beta=0 if is_first else 1)
+        return
+    size = block_rows(total_VH.shape[1], total_VH.device.type)
+    for total_RH, left_RC in zip(total_VH.split(size), left_VC.split(size), strict=True):
+        product_RH = left_RC @ right_CH
+        total_RH.copy_(product_RH) if is_first else total_RH.add_(product_RH)
 
 
 def _learned_rows(counts: Sequence[int], needed: Sequence[bool]) -> tuple[slice, list[slice | None]]:
