@@ -180,3 +180,19 @@ def test_torchrun_starts_it_too_as_on_two_machines(recipe: Path, tmp_path: Path)
     assert [one.returncode for one in agents] == [0, 0], told
     assert ["report " in out for out, _ in told] == [True, False]
     assert read_json(tmp_path / "run" / "4-full" / "done.json")["num_ranks"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_may_restart_it_after_a_kill(recipe: Path, tmp_path: Path) -> None:
+    """R4: elastic restart from the last checkpoint, without anybody typing."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    launcher = subprocess.Popen(
+        [*start, *command(recipe, run)[1:]], stdout=subprocess.DEVNULL, stderr=log.open("w"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(log, "4-full ...", run / "4-full" / "metrics.jsonl")
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    assert launcher.wait(200) == 0, log.read_text()
+    assert "continuing after step" in log.read_text()
+    assert weights(run)

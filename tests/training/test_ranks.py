@@ -298,6 +298,25 @@ def test_a_stage_comes_to_ranks_without_disk_and_road(tmp_path: Path) -> None:
     assert all(torch.allclose(tensor, two[name], rtol=0, atol=WEIGHTS) for name, tensor in one.items())
 
 
+def held_narrow(ranks: Ranks, bits: str, folder: Path) -> dict[str, Any]:
+    """A LoRA stage beside a base in few bits."""
+    folder.mkdir()
+    stage = make_stage({**LORA_ALL, "rows": "none"}, frozen_base=bits)
+    run = StageRun(tiny_model(), stage, make_rows(), {}, folder, CPU, None, ranks)
+    run.run()
+    return {"hash": weights_sha256(run.finished_model()) if ranks.is_first else ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_ranks_hold_a_frozen_base_in_few_bits_alike(tmp_path: Path, bits: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    held_narrow(ALONE, bits, tmp_path / "one")
+    on_ranks(2, held_narrow, bits, tmp_path / "two", folder=tmp_path / "processes")
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=10 * NUMBERS)
+
+
 def apart(ranks: Ranks) -> str:
     weight = torch.ones(3) * (1 + 1e-7 * ranks.rank)
     ranks.refuse_different([torch.ones(3)], "The weights")

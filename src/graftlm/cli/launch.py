@@ -5,6 +5,8 @@ Owns what `--gpus` starts, what a started process does by its rank, and how the 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -30,19 +32,25 @@ def run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
 
     Raises UserError, NumericalStop, DiskError, Interrupted, RankLost on rank 0; the others leave with its exit code.
     """
+    if place.count > 1:
+        _refuse_more_ranks_than_rows(place.count, recipe)
+    with contextlib.ExitStack() as silence:
+        if place.rank > 0:
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        return _run_as_rank(place, recipe, folder)
+
+
+def _run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
     from graftlm.device import pick_device, use_all_cores
     from graftlm.pipeline import run_recipe
     from graftlm.training.following import follow
     from graftlm.training.joining import joined
 
-    if place.count > 1:
-        _refuse_more_ranks_than_rows(place.count, recipe)
-    waits = recipe.ranks
     told = _without_places(recipe.model_dump(mode="json"))
     device = pick_device(recipe.device)
     ranks: Any = None
     try:
-        with joined(place, told, device, waits.timeout_seconds, waits.join_seconds) as ranks:
+        with joined(place, told, device, recipe.ranks.timeout_seconds, recipe.ranks.join_seconds) as ranks:
             if ranks.is_first:
                 return run_recipe(recipe, folder, ranks=ranks)
             use_all_cores()

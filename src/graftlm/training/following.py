@@ -6,8 +6,6 @@ Does not know how ranks are started (`joining.py`) nor what a stage does.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,8 @@ from graftlm.text.rows import TokenRows
 from graftlm.training.precision import make_precision
 from graftlm.training.ranks import Ranks
 from graftlm.training.stage import StageRun
+
+ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
 
 
 def stage_for_all(
@@ -55,18 +55,17 @@ def stage_for_all(
 
 
 def follow(ranks: Ranks, device: torch.device) -> None:
-    """Train along, one stage after another, until rank 0 has no more. Silent: rank 0 speaks for all.
+    """Train along, one stage after another, until rank 0 has no more.
 
     Raises UserError, NumericalStop, Interrupted as rank 0 does, and RankLost.
     """
-    with contextlib.redirect_stderr(io.StringIO()):
-        while (order := ranks.hear()) is not None:
-            model = causal_of(order["config"])
-            _fill(ranks, model)
-            rows = _rows(ranks)
-            heldout = {language: _rows(ranks) for language in order["heldout"]}
-            stage, folder = Stage.model_validate(order["stage"]), Path(order["folder"])
-            StageRun(model, stage, rows, heldout, folder, device, order["first_new_id"], ranks).run()
+    while (order := ranks.hear()) is not None:
+        model = causal_of(order["config"])
+        _fill(ranks, model)
+        rows = _rows(ranks)
+        heldout = {language: _rows(ranks) for language in order["heldout"]}
+        stage, folder = Stage.model_validate(order["stage"]), Path(order["folder"])
+        StageRun(model, stage, rows, heldout, folder, device, order["first_new_id"], ranks).run()
 
 
 def _fill(ranks: Ranks, model: Any) -> None:
@@ -76,9 +75,6 @@ def _fill(ranks: Ranks, model: Any) -> None:
     for tensor in state.values():
         assert tensor.is_contiguous()
         ranks.fill_from_first(tensor)
-
-
-ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
 
 
 def _send_rows(ranks: Ranks, rows: TokenRows) -> None:
