@@ -82,7 +82,7 @@ FAULTS = [
     (hanging, 1, 20, 130, f"Rank 1 of 2 did not answer for {PATIENCE:g} s"),
     (full_disk, 0, 20, 4, "The disk is full."),
     (full_disk, 1, 20, 4, "Rank 1: The disk is full."),
-    (broken, 1, 20, 1, "Rank 1: ZeroDivisionError: of ours"),
+    pytest.param(broken, 1, 20, 1, "Rank 1: ZeroDivisionError: of ours", marks=pytest.mark.slow),
 ]
 
 

@@ -41,7 +41,7 @@ NEW = {"kind": "new-rows"}
 # squares: where a gradient is nearly zero its last bits count, so weights are held to the size of a step.
 NUMBERS, WEIGHTS = 2e-6, 1e-5
 # Overflows in the first steps and again whenever the scale has grown.
-LOUD = {"initial": 2.0**26, "growth_interval": 2, "hysteresis": 1, "floor": 1e-4}
+LOUD = {"initial": 2.0**18, "growth_interval": 2, "hysteresis": 1, "floor": 1e-4}
 
 
 def lines_of(folder: Path, event: str = "step") -> list[dict[str, Any]]:
@@ -64,16 +64,17 @@ def trained(ranks: Ranks, cases: dict[str, Any], folder: Path) -> dict[str, str]
     return found
 
 
+RARELY = {"checkpoint_every": 100, "heldout_every": 3}
 CASES = {
-    "full": (make_stage(FULL), False, None),
-    "full-tied": (make_stage(FULL), True, None),
-    "lora": (make_stage(LORA_ALL), False, None),
-    "lora-new-tied": (make_stage(LORA_NEW), True, None),
-    "new-rows": (make_stage(NEW), False, None),
-    "new-rows-tied": (make_stage(NEW), True, None),
-    "fp16": (make_stage(FULL, precision="fp16", loss_scale=LOUD, epochs=4), False, None),
+    "full": (make_stage(FULL, **RARELY), False, None),
+    "full-tied": (make_stage(FULL, **RARELY), True, None),
+    "lora": (make_stage(LORA_ALL, **RARELY), False, None),
+    "lora-new-tied": (make_stage(LORA_NEW, **RARELY), True, None),
+    "new-rows": (make_stage(NEW, **RARELY), False, None),
+    "new-rows-tied": (make_stage(NEW, **RARELY), True, None),
+    "fp16": (make_stage(FULL, precision="fp16", loss_scale=LOUD, epochs=3, **RARELY), False, None),
     # 10 rows in steps of 4: the last step of an epoch has fewer rows than three ranks.
-    "uneven": (make_stage(LORA_ALL, keep="best"), False, make_rows(10)),
+    "uneven": (make_stage(LORA_ALL, keep="best", heldout_every=3), False, make_rows(10)),
 }
 
 
@@ -85,7 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BY_COUNT = {2: [*CASES], 3: ["full", "lora-new-tied", "fp16", "uneven"]}
+BY_COUNT = {2: [*CASES], 3: ["full", "fp16", "uneven"]}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def rows_with_one_bad() -> TokenRows:
 def poisoned(ranks: Ranks, precision: str, folder: Path) -> str:
     """Train where one rare id's row lets every sum with it overflow."""
     folder.mkdir(exist_ok=True)
-    stage = stage_of(LORA_NEW, precision=precision, epochs=2, batch_rows=4, groups={"new_rows": {"peak_lr": 1e-30}})
+    stage = stage_of(LORA_NEW, precision=precision, epochs=1, batch_rows=4, groups={"new_rows": {"peak_lr": 1e-30}})
     run = StageRun(tiny_model(), stage, rows_with_one_bad(), {}, folder, CPU, FIRST_NEW_ID, ranks)
     with torch.no_grad():
         run.model.get_input_embeddings().parametrizations.weight.original1[RARE - FIRST_NEW_ID] = 3e38
@@ -186,7 +187,7 @@ def test_one_ranks_overflow_is_every_ranks_skip_and_is_named(tmp_path: Path, pre
     assert bad
     assert all(line["skipped"] for line in two if line["step"] in bad)
     told = [line for line in lines_of(tmp_path / "two", "incident") if line["step"] in bad]
-    assert len(told) == len(bad) == 2
+    assert len(told) == len(bad) == 1
     for line in told:
         found = Incident(**{key: value for key, value in line.items() if key != "event"})
         assert (found.row_id, found.token_id, found.module[:6]) == (BAD_ROW, RARE, "model.")
@@ -200,7 +201,7 @@ def too_fast(ranks: Ranks, base: dict[str, torch.Tensor], folder: Path) -> dict[
     """A learned model at a rate that damages it: rolled back, cut, and trained to the end."""
     folder.mkdir(exist_ok=True)
     stage = stage_of(
-        LORA_ALL, groups={"adapter": {"peak_lr": 3.0}}, epochs=4, batch_rows=8, precision="fp32", max_rollbacks=10
+        LORA_ALL, groups={"adapter": {"peak_lr": 3.0}}, epochs=3, batch_rows=8, precision="fp32", max_rollbacks=10
     )
     model = tiny_model()
     model.load_state_dict(base)
