@@ -82,4 +82,5 @@ def _send_rows(ranks: Ranks, rows: TokenRows) -> None:
 
 
 def _rows(ranks: Ranks) -> TokenRows:
-    return TokenRows(**{name: tensor.numpy() for name, tensor in ranks.tensors_from_first(None).items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in ranks.tensors_from_first(None).items()}
+    return TokenRows(**arrays)

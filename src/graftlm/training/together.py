@@ -46,4 +46,5 @@ def gravest(ranks: Ranks, own: Incident) -> Incident:
         return own
     told = ranks.gather(asdict(replace(own, rank=ranks.rank)))
     found = min(told, key=lambda incident: (GRAVEST.index(incident["cause"]), incident["rank"]))
-    return Incident(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return Incident(**values)
