@@ -16,6 +16,7 @@ from tiny_training import FIRST_NEW_ID, FULL, make_rows, make_stage, tiny_model,
 
 from graftlm.errors import DiskError, NumericalStop, RankLost, UserError
 from graftlm.training.checkpoint import load_checkpoint, newest_checkpoint
+from graftlm.training.following import follow
 from graftlm.training.joining import joined
 from graftlm.training.place import Place, place_here
 from graftlm.training.ranks import ALONE, Ranks, error_of, told_of
@@ -44,6 +45,10 @@ def killed(ranks: Ranks) -> None:
 
 def hanging(ranks: Ranks) -> None:
     time.sleep(600)
+
+
+def standing_still(ranks: Ranks) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def full_disk(ranks: Ranks) -> None:
@@ -80,6 +85,7 @@ FAULTS = [
     (killed, 1, 20, 130, "Rank 1 of 2 is gone"),
     (killed, 0, 20, 130, "Rank 0 of 2"),
     (hanging, 1, 20, 130, f"Rank 1 of 2 did not answer for {PATIENCE:g} s"),
+    (standing_still, 0, 20, 130, f"Rank 0 of 2 did not answer for {PATIENCE:g} s"),
     (full_disk, 0, 20, 4, "The disk is full."),
     (full_disk, 1, 20, 4, "Rank 1: The disk is full."),
     pytest.param(broken, 1, 20, 1, "Rank 1: ZeroDivisionError: of ours", marks=pytest.mark.slow),
@@ -93,13 +99,17 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on(
     """R4: no hang, one clear line, whole checkpoints only; the same again ends with the uninterrupted run's weights."""
     processes = started(2, with_fault, fault, rank, tmp_path / "run", folder=tmp_path)
     other = 1 - rank
-    codes = ended({other: processes[other]}, seconds)
-    if fault is hanging:
+    try:
+        codes = ended({other: processes[other]}, seconds)
+    except AssertionError:
+        processes[rank].kill()
+        raise
+    if fault in (hanging, standing_still):
         processes[rank].kill()
     codes |= ended({rank: processes[rank]}, 20)
     told = "".join((tmp_path / f"{one}.err").read_text() for one in (0, 1))
     assert codes[other] == code, told
-    assert codes[rank] == (-signal.SIGKILL if fault in (killed, hanging) else code), told
+    assert codes[rank] == (-signal.SIGKILL if fault in (killed, hanging, standing_still) else code), told
     assert told.count(says) == 1, told
     checkpoints = tmp_path / "run" / "checkpoints"
     newest = newest_checkpoint(checkpoints)
@@ -109,6 +119,30 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on(
     if fault is killed and rank == 1:
         again = on_ranks(2, whole, tmp_path / "run", folder=tmp_path / "again")
         assert again == on_ranks(2, whole, tmp_path / "uninterrupted", folder=tmp_path / "whole")
+
+
+def silent_first(patience: float) -> None:
+    """Rank 0 stops dead before it has anything for the others to do."""
+    ranks: Any = None
+    try:
+        with joined(place_here(), {}, CPU, patience, 30.0) as ranks:
+            if ranks.is_first:
+                time.sleep(1.5)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            follow(ranks, CPU)
+    except RankLost as error:
+        print(error.problem, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def test_who_waits_for_work_waits_as_long_as_rank_0_shows_life(tmp_path: Path) -> None:
+    processes = started(2, silent_first, 0.5, folder=tmp_path)
+    try:
+        assert ended({1: processes[1]}, 30) == {1: 130}
+    finally:
+        processes[0].kill()
+        ended({0: processes[0]})
+    assert "Rank 0 of 2 did not answer" in (tmp_path / "1.err").read_text()
 
 
 def asked_to_stop(ranks: Ranks, folder: Path) -> int:

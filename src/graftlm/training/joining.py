@@ -22,7 +22,7 @@ from graftlm import __version__
 from graftlm.errors import RankLost, UserError
 from graftlm.step import changed_keys
 from graftlm.training.place import Place
-from graftlm.training.ranks import ALONE, BEAT, Ranks
+from graftlm.training.ranks import ALONE, BEAT, Ranks, within
 
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 10.0
@@ -45,7 +45,14 @@ def joined(
     _meet(store, place, {"graftlm": __version__, "torch": torch.__version__, "recipe": recipe}, join_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=patience_seconds)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=patience)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=patience)
+    except RuntimeError as error:
+        raise UserError(
+            f"Rank {place.rank} of {place.count} reached the meeting point but not the other ranks: "
+            f"{str(error).splitlines()[0][:200]}",
+            "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network.",
+        ) from None
     ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count)
     is_over = threading.Event()
     if ranks.is_first:
@@ -56,22 +63,12 @@ def joined(
         ranks.leave_word(error)
         if not isinstance(error, RankLost):
             dist.destroy_process_group()  # whoever waits for this rank in a sum is told at once
-            _take_leave(ranks, store)
+            ranks.take_leave(FAREWELL_SECONDS)
         raise
     finally:
         is_over.set()
-    _take_leave(ranks, store)
+    ranks.take_leave(FAREWELL_SECONDS)
     dist.destroy_process_group()
-
-
-def _take_leave(ranks: Ranks, store: Any) -> None:
-    """Rank 0, in whose process the store may lie, goes last."""
-    with contextlib.suppress(RuntimeError):
-        if not ranks.is_first:
-            store.set(f"gone/{ranks.rank}", "")
-            return
-        ranks.call(None)
-        store.wait([f"gone/{rank}" for rank in range(1, ranks.count)], timedelta(seconds=FAREWELL_SECONDS))
 
 
 def _take_gpu(place: Place) -> None:
@@ -108,6 +105,18 @@ def _is_agents() -> bool:
 
 def _meet(store: Any, place: Place, own: Mapping[str, Any], join_seconds: float) -> None:
     """Wait until every rank has said what it runs; refuse ranks that run something else. Raises UserError."""
+    told = within(join_seconds + 2 * FAREWELL_SECONDS, lambda: _told_by_all(store, place, own, join_seconds)) or {}
+    missing = [str(rank) for rank in range(place.count) if rank not in told]
+    if missing:
+        raise UserError(
+            f"Rank {', '.join(missing)} of {place.count} did not come within {join_seconds:g} s.",
+            "Is it started on every machine, with one --nnodes and address? ranks.join_seconds sets how long to wait.",
+        )
+    _refuse_different([told[rank] for rank in range(place.count)])
+
+
+def _told_by_all(store: Any, place: Place, own: Mapping[str, Any], join_seconds: float) -> dict[int, dict[str, Any]]:
+    """What each rank that came in time runs."""
     until = time.monotonic() + join_seconds
     store.set(f"runs/{place.rank}", json.dumps(own))
     told: dict[int, dict[str, Any]] = {}
@@ -119,13 +128,7 @@ def _meet(store: Any, place: Place, own: Mapping[str, Any], join_seconds: float)
     if place.rank == 0 and not _is_agents():  # whose process holds the store: the others must have read it
         with contextlib.suppress(RuntimeError):
             store.wait([f"met/{rank}" for rank in told], timedelta(seconds=FAREWELL_SECONDS))
-    missing = [str(rank) for rank in range(place.count) if rank not in told]
-    if missing:
-        raise UserError(
-            f"Rank {', '.join(missing)} of {place.count} did not come within {join_seconds:g} s.",
-            "Is it started on every machine, with one --nnodes and address? ranks.join_seconds sets how long to wait.",
-        )
-    _refuse_different([told[rank] for rank in range(place.count)])
+    return told
 
 
 def _refuse_different(told: Sequence[Mapping[str, Any]]) -> None:

@@ -30,6 +30,7 @@ BUCKET_BYTES = 64 * 2**20  # gradients summed at once: large enough to fill the 
 PIECE_BYTES = 256 * 2**20  # of a tensor sent at once
 BEAT = "beat"
 SILENCE = 6  # times the patience: a library may hold rank 0's interpreter for minutes while it learns pieces
+POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0  # in which the others may say why they left
 _KINDS: dict[int, type[UserError]] = {kind.exit_code: kind for kind in (UserError, NumericalStop, DiskError, RankLost)}
 
@@ -188,27 +189,37 @@ class Ranks:
 
     def hear(self) -> Any:
         """Rank 0's next order, waited for as long as it shows signs of life. Raises RankLost."""
-        key, beat, since = f"order/{self._num_orders}", b"", time.monotonic()
+        key, beat, since = f"order/{self._num_orders}", None, time.monotonic()
         limit = SILENCE * self.patience_seconds
         while True:
-            try:
-                self._store.wait([key], timedelta(seconds=min(1.0, limit)))
+            found = within(limit, lambda: (self._read(key), self._read(BEAT)))
+            if found is None or (found[1] == beat and time.monotonic() - since > limit):
+                raise self._lost([0], time.monotonic() - since > limit)
+            order, heard = found
+            if order is not None:
                 self._num_orders += 1
-                return json.loads(self._store.get(f"order/{self._num_orders - 1}"))
-            except dist.DistNetworkError:
-                raise self._lost([0], False) from None
-            except dist.DistStoreError:  # no order yet
-                heard = self._said(BEAT)
+                return json.loads(order)
             if heard != beat:
                 beat, since = heard, time.monotonic()
-            elif time.monotonic() - since > limit:
-                raise self._lost([0], True)
+            time.sleep(POLL_SECONDS)
 
     def leave_word(self, error: BaseException) -> None:
         """Tell the others why this rank ends, for whoever finds it gone."""
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(f"left/{self.rank}", json.dumps(told_of(error)))
+            text = json.dumps(told_of(error))
+            within(GRACE_SECONDS, lambda: self._store.set(f"left/{self.rank}", text))
+
+    def take_leave(self, seconds: float) -> None:
+        """The last words of a run that ends in order: rank 0, in whose process the store may lie, goes last."""
+        if not self.is_first:
+            within(seconds, lambda: self._store.set(f"gone/{self.rank}", ""))
+            return
+        others = [f"gone/{rank}" for rank in range(1, self.count)]
+        within(seconds, lambda: (self.call(None), self._store.wait(others, timedelta(seconds=seconds))))
+
+    def _read(self, key: str) -> bytes | None:
+        """What is in the store under a key, if anything."""
+        return self._store.get(key) if self._store.check([key]) else None
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -224,27 +235,24 @@ class Ranks:
         """Who left and said why, or who said nothing. Waits a little: the others may be about to say so."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others at once; this ends by itself
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"here/{self.rank}", "lost")
         until = time.monotonic() + GRACE_SECONDS
+        within(GRACE_SECONDS, lambda: self._store.set(f"here/{self.rank}", "lost"))
         silent = [rank for rank in range(self.count) if rank != self.rank]
         while silent and time.monotonic() < until:
-            for rank in list(silent):
-                left = self._said(f"left/{rank}")
+            said = within(GRACE_SECONDS, lambda: [self._last_words(rank) for rank in silent])
+            for rank, (word, is_here) in zip(list(silent), said or [], strict=False):
+                left = json.loads(word) if word else None
                 if left is not None and left["code"] != RankLost.exit_code:
                     return error_of(left, f"Rank {rank}: ")
-                if left is not None or self._said(f"here/{rank}") is not None:
+                if left is not None or is_here:
                     silent.remove(rank)
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
         self.speaks = self.rank == min(set(range(self.count)) - set(silent))
         return self._lost(silent, "imed out" in str(error) or "imeout" in str(error))
 
-    def _said(self, key: str) -> Any:
-        with contextlib.suppress(RuntimeError):
-            if self._store.check([key]):
-                text = self._store.get(key)
-                return json.loads(text) if text.startswith(b"{") else text
-        return None
+    def _last_words(self, rank: int) -> tuple[bytes | None, bool]:
+        """Why a rank left, if it said so, and whether it is there and misses another as this one does."""
+        return self._read(f"left/{rank}"), self._store.check([f"here/{rank}"])
 
     def _lost(self, silent: Sequence[int], has_waited: bool) -> RankLost:
         who = f"Rank {', '.join(map(str, silent))} of {self.count}" if silent else f"A rank of {self.count}"
@@ -260,6 +268,24 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T | None:
+    """A store's answer; None where it is gone or says nothing for so long.
+
+    A store whose holder stands still keeps its clients waiting for ever, whatever time they were given: so the question
+    is asked beside.
+    """
+    answers: list[T] = []
+
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(ask())
+
+    asking = threading.Thread(target=work, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def told_of(error: BaseException) -> dict[str, Any]:
