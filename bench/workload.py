@@ -96,9 +96,11 @@ def _text(folder: Path, real: Path | None) -> tuple[Tokenizer, Path, str]:
         return load_tokenizer(grafted), real / "alpaca_zh.parquet", words
     data = ROOT / "examples" / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = list(read_texts(data / "chinese.txt"))
-    words = "dialogues shipped with the project, a tokenizer of 500 pieces learned from its text"
-    return train_base_tokenizer(texts, 500), data / "dialogues.train.jsonl", words
+    source = data / "dialogues.train.jsonl"
+    texts = [message.content for said in read_conversations(source)[0] for message in said.messages]
+    texts += read_texts(data / "chinese.txt")
+    words = "dialogues shipped with the project, a tokenizer of 4,000 pieces learned from their text"
+    return train_base_tokenizer(texts, 4_000), source, words
 
 
 def _rendered(source: Path, tokenizer: Tokenizer, most: int = 10_000) -> list[Rendered]:

@@ -162,3 +162,27 @@ def test_the_peers_gate_sees_a_row_that_leaks_into_another() -> None:
     assert measure.others_moved(model, apart, first_id=1) <= 1e-6
     assert measure.others_moved(model, joined, first_id=1) > 1e-4
     assert "measure" in sys.modules
+
+
+def test_without_the_real_rows_steps_are_made_of_the_dialogues_shipped(tmp_path: Path) -> None:
+    import arms
+    import workload
+
+    tokenizer, source, _ = workload._text(tmp_path, None)
+    steps = workload.chosen_steps(workload._rendered(source, tokenizer, 500), 2)
+    assert [len(step) for step in steps] == [arms.BATCH_ROWS] * 2
+
+
+def test_the_7b_protocol_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import h200
+
+    out = tmp_path / "toy.json"
+    words = ["h200.py", "--size", "toy", "--device", "cpu", "--trains", "full", "--steps", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    h200.main()
+    report = json.loads(out.read_text())
+    (told,) = (run["told"] for run in report["runs"]["full"])
+    assert report["not_begun"] == []
+    assert told["tflops_executed"] == pytest.approx(
+        told["row_tokens_per_second"] * told["executed_gflop_a_row_token"] / 1e3
+    )

@@ -19,6 +19,7 @@ from graftlm.training.heldout import heldout_losses
 from graftlm.training.stage import StageRun
 
 Adjust = Callable[[StageRun], None]
+CPU = torch.device("cpu")
 
 
 class TimedMetrics(Metrics):
@@ -80,18 +81,24 @@ def others_moved(stage_run: StageRun, rows: list[dict[str, list[int]]]) -> float
 
 
 def train_stage(
-    model: Any, stage: Stage, rows: TokenRows, first_new_id: int | None, result: Result, adjust: Adjust | None = None
+    model: Any,
+    stage: Stage,
+    rows: TokenRows,
+    first_new_id: int | None,
+    result: Result,
+    adjust: Adjust | None = None,
+    device: torch.device = CPU,
 ) -> StageRun:
     """Take the stage's steps as `graftlm run` does, timed; `adjust` may change what is about to run."""
     with tempfile.TemporaryDirectory() as folder:
-        stage_run = StageRun(model, stage, rows, {}, Path(folder), torch.device("cpu"), first_new_id)
+        stage_run = StageRun(model, stage, rows, {}, Path(folder), device, first_new_id)
         if adjust is not None:
             adjust(stage_run)
         stage_run.metrics = TimedMetrics(stage_run.metrics.path, result)
         result.see_memory()  # the stage forgets the peak of loading when it begins
         result.begin()
         stage_run.run()
-    first = stage_run.steps.micro_batches(0, torch.device("cpu"))
+    first = stage_run.steps.micro_batches(0, device)
     result.facts |= {
         "num_targets": sum(len(batch.targets_N) for batch in first),
         "num_learning_parameters": sum(p.numel() for role in stage_run.roles.values() for p in role),

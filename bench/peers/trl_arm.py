@@ -12,13 +12,14 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from measure import Result, read_rows, run, watcher
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset  # pyright: ignore[reportMissingImports]
 
 
 def train(job: dict[str, Any], result: Result) -> None:
     """Take the job's steps."""
     rows, own = read_rows(job["rows"]), dict(job["settings"])
+    device = job.get("device", "cpu")
     step_rows = job["batch_rows"]
     is_packed = own.get("packing", False)
     if is_packed:
@@ -32,7 +33,7 @@ def train(job: dict[str, Any], result: Result) -> None:
     own.setdefault("per_device_train_batch_size", items)
     batches = items // own["per_device_train_batch_size"]
     settings = SFTConfig(
-        output_dir=job["work"], use_cpu=True, bf16=job["precision"] == "bf16", learning_rate=job["peak_lr"],
+        output_dir=job["work"], use_cpu=device == "cpu", bf16=job["precision"] == "bf16", learning_rate=job["peak_lr"],
         lr_scheduler_type="constant", weight_decay=job["weight_decay"], max_grad_norm=job["max_grad_norm"],
         gradient_accumulation_steps=batches, max_steps=job["num_steps"], logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", dataloader_pin_memory=False,
@@ -44,7 +45,11 @@ def train(job: dict[str, Any], result: Result) -> None:
             r=64, lora_alpha=32, lora_dropout=0.0, target_modules=job["targets"], bias="none", task_type="CAUSAL_LM",
             modules_to_save=["embed_tokens", "lm_head"] if job["trains"] == "lora-rows" else None,
         )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    if job.get("is_drawn", False):  # the folder holds a config and no weights
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model"]), dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=data, peft_config=adapter,
         processing_class=AutoTokenizer.from_pretrained(job["model"]), callbacks=[watcher(result, batches)],

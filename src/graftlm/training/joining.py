@@ -51,7 +51,7 @@ def joined(
         raise UserError(
             f"Rank {place.rank} of {place.count} reached the meeting point but not the other ranks: "
             f"{str(error).splitlines()[0][:200]}",
-            "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network.",
+            "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the network.",
         ) from None
     ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count)
     is_over = threading.Event()
