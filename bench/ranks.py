@@ -79,7 +79,9 @@ def train(rank: int, count: int, threads: int, port: int, work: Work, folder: Pa
         intermediate_size=work.hidden_size * 8 // 3, seed=0,
     )  # fmt: skip
     with joined(Place(rank, count, rank, count), {}, torch.device("cpu"), 600, 120) as ranks:
-        run = StageRun(model, stage, rows(32 * work.num_steps), {}, folder, torch.device("cpu"), FIRST_NEW_ID, ranks)
+        run = StageRun(
+            model, stage, rows(32 * work.num_steps), {}, folder, torch.device("cpu"), FIRST_NEW_ID, ranks=ranks
+        )
         inside: list[float] = []
         add_up = ranks.sum_gradients
 

@@ -192,7 +192,7 @@ tokenizer: {text: [zh.txt], script: [Hann], num_piece: 5}
 data: {sources: [{path: rows.jsonl, sampel: 3}]}
 stages:
   - {name: full, trains: {kind: full}, epochs: x, seed: 1, seed: 2}
-  - {name: full, trains: {kind: lroa}, warmup_ratio: 0.1, warmup_steps: 3}
+  - {name: full, trains: {kind: lroa}, warmup_ratio: 0.1, warmup_steps: 3, loss_scale: {floor: 1.0e+9}}
 """
     problem = problem_of(write(tmp_path, text), "seed=x")
     told = [line.partition("tiny.yaml:")[2] for line in problem.splitlines()[2:]]
@@ -206,6 +206,7 @@ stages:
         "5: the key seed stands here twice: keep one of them",
         "5: stages.0.epochs: expected a number, found 'x'",
         "6: stages.1.trains.kind: unknown kind 'lroa'; did you mean lora?",
+        "6: stages.1.loss_scale.initial: 65536 lies below the floor, 1e+09",
         "6: stages.1.warmup_steps: warmup_ratio is given too: choose one",
         "6: stages.1.name: an earlier stage is named full too: give each its own name",
     ]

@@ -1,6 +1,8 @@
 """The run folder: lock, foreign places, metrics that survive, whose disk errors are ours."""
 
 import errno
+import json
+import math
 import os
 from pathlib import Path
 
@@ -121,6 +123,26 @@ def test_metrics_survive_a_half_written_line(tmp_path: Path) -> None:
         stream.write('{"event": "st')
     metrics.cut_after(2)
     assert [line["step"] for line in read_metrics(metrics.path)] == [1, 2]
+
+
+def test_metrics_are_json_whatever_the_numbers_and_come_back_as_they_were(tmp_path: Path) -> None:
+    def strict(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    values = {"step": 1, "loss": math.inf, "norms": {"body": -math.inf}, "losses": [1.0, math.inf], "text": "NaN"}
+    metrics.append("step", **values)
+    metrics.append("step", step=2, loss=math.nan)
+    metrics.cut_after(2)
+    text = metrics.path.read_text(encoding="utf-8")
+    told = [json.loads(line, parse_constant=strict) for line in text.splitlines()]
+    assert (told[0]["loss"], told[1]["loss"]) == ("Infinity", "NaN")
+    first, second = read_metrics(metrics.path)
+    assert first == {"event": "step", **values}
+    assert math.isnan(second["loss"])
+    metrics.path.write_text('{"event": "step", "step": 1, "loss": NaN, "grad_norm": -Infinity}\n', encoding="utf-8")
+    [old] = read_metrics(metrics.path)  # as earlier versions wrote it
+    assert (math.isnan(old["loss"]), old["grad_norm"]) == (True, -math.inf)
 
 
 def test_progress_yields_everything_and_tells_time_left_without_a_terminal(monkeypatch, capsys) -> None:

@@ -98,6 +98,13 @@ class LossScale(Section):
     hysteresis: Count = 1
     floor: Positive = 1e-4
 
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+        """The scale begins at its floor or above."""
+        initial, floor = given["initial"], given["floor"]
+        if isinstance(initial, int | float) and isinstance(floor, int | float) and initial < floor:
+            yield ("initial",), f"{initial:g} lies below the floor, {floor:g}"
+
 
 # Knobs of a stage that change how it is computed, not what: they may be changed in the middle of one.
 HOW_NOT_WHAT = frozenset(

@@ -16,7 +16,7 @@ import torch
 from graftlm.device import DTYPES, pick_device
 from graftlm.errors import UserError
 from graftlm.health.finding import Finding
-from graftlm.health.preflight import Look
+from graftlm.health.look import Look
 from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import NUM_NEW_TEXTS, expand_model
@@ -144,7 +144,9 @@ class Road:
         )
         held = {language: data / f"heldout-{language}" for language in LANGUAGES}
         heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
-        return stage_for_all(self.ranks, model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id)
+        return stage_for_all(
+            self.ranks, model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id, tokenizer.name_of
+        )
 
     def train_stage(self, number: int) -> Callable[[Step], Facts]:
         """The step that trains stage `number` (from 0)."""

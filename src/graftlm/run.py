@@ -11,6 +11,7 @@ import fcntl
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -171,6 +172,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
 class Metrics:
     """An append-only `metrics.jsonl`: one JSON object a line, flushed line by line, readable after kill -9.
 
+    JSON has no number that is not finite: one is written as "NaN", "Infinity" or "-Infinity", and `read_metrics` gives
+    it back. A null would not tell them apart, nor from what was not measured.
+
+
     Of several processes that train together one `is_writer`; the others' lines would be the same.
     """
 
@@ -181,7 +186,7 @@ class Metrics:
         """Add one line. Raises DiskError."""
         if not self.is_writer:
             return
-        line = json.dumps({"event": event, **values}, ensure_ascii=False)
+        line = _metrics_line({"event": event, **values})
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
@@ -199,19 +204,48 @@ class Metrics:
             if place <= max(done, default=-1)
             or (line.get("step", 0) <= step and line.get("number", 0) <= num_interventions)
         ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        text = "".join(_metrics_line(line) + "\n" for line in kept)
         temporary = self.path.with_suffix(".tmp")
         with disk_errors(self.path.parent):
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.path)
 
 
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _metrics_line(values: Any) -> str:
+    return json.dumps(json_values(values), ensure_ascii=False, allow_nan=False)
+
+
+def json_values(value: Any) -> Any:
+    """Plain values with numbers that are not finite as "NaN", "Infinity" and "-Infinity": JSON has none of them."""
+    if isinstance(value, dict):
+        return {key: json_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _read(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _read(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_read(inner, key) for inner in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) and key != "text" else value
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a half-written last line is passed over."""
+    """All whole lines of a metrics file; a half-written last line is passed over.
+
+    Numbers that are not finite come back as such, also from files of earlier versions, which wrote them bare.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(_read(json.loads(text)))
         except ValueError:
             continue
     return lines

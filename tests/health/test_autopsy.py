@@ -22,9 +22,10 @@ from logged_runs import (
 
 from graftlm.errors import UserError
 from graftlm.health.autopsy import autopsy
-from graftlm.health.cures import START, Asked, recipe_lines
+from graftlm.health.cures import Asked, recipe_lines
 from graftlm.health.finding import alarms
 from graftlm.health.logs import own_and_abandoned
+from graftlm.health.rates import RateCuts
 from graftlm.recipe_file import load_recipe
 from graftlm.text.dialogue import Rendered
 from graftlm.text.rows import RowsBuilder, save_rows
@@ -82,7 +83,8 @@ def test_an_attempt_gone_back_from_is_evidence_and_not_the_runs_own_curve(tmp_pa
 def test_what_a_rollback_mended_is_a_warning_with_the_line_that_saves_it(tmp_path: Path) -> None:
     told = autopsy(write_run(tmp_path, [recovered()])).diagnoses
     assert [(d.finding.cause, d.finding.severity, d.finding.step, d.lines) for d in told] == [
-        ("loss-rose", "warning", 46, ("stages.lora.groups.adapter.peak_lr=9e-05",))
+        # The adapter has no rate of its own: the rollback cut all, and came through with that.
+        ("loss-rose", "warning", 46, ("stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=0.0003"))
     ]
     assert "adapter" in told[0].finding.evidence
 
@@ -99,6 +101,73 @@ def test_a_crash_is_one_finding_with_count_and_place_and_cut(tmp_path: Path) -> 
     # Two cuts of all rates were not enough: the next run takes a third of what they had come to.
     assert told.lines == ("stages.lora.peak_lr=8.1e-06", "stages.lora.groups.new_rows.peak_lr=2.7e-05")
     assert "0.09 of the recipe's rates" in told.finding.cure
+
+
+def test_where_one_roles_rate_was_cut_the_line_is_of_that_role_alone(tmp_path: Path) -> None:
+    def cut(number: int) -> dict[str, Any]:
+        return {**rollback(20, 30, number), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.3**number}}
+
+    blamed = incident(30, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["new_rows"], loss=5.0, best=3.3)
+    attempts = [*good(1, 20)]
+    for number in (1, 2):
+        attempts += [*climb(21, 30, 4, 7), blamed, cut(number)]
+    mended = autopsy(write_run(tmp_path / "mended", [[*attempts, *good(21, 90)]]))
+    assert (mended.verdict, mended.changes) == ("recovered", ["stages.lora.groups.new_rows.peak_lr=9e-05"])
+    [told] = mended.diagnoses
+    assert "It came through with the recipe's rates, the new rows at 0.09 of theirs." in told.finding.cure
+    stop = {"event": "stopped", "step": 30, "text": "lora, step 30: the loss rose. 2 rollbacks did not help."}
+    dead = autopsy(write_run(tmp_path / "dead", [[*attempts, *climb(21, 30, 4, 7), blamed, stop]]))
+    # The new rows' own 1e-3 has come down to 9e-5, below the stage's 3e-4: now all are cut.
+    assert dead.changes == ["stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=2.7e-05"]
+
+
+def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> None:
+    def held(step: int, loss: float) -> dict[str, Any]:
+        return {"event": "heldout", "step": step, "new": {"loss_per_answer_token": loss}}
+
+    for last, verdict in ((8.9, "diverged"), (8.0, "recovered")):
+        lines = [held(0, 8.8), *recovered(), held(90, last)]
+        assert autopsy(write_run(tmp_path / verdict, [lines])).verdict == verdict
+
+
+def test_damage_to_the_old_language_is_part_of_the_verdict(tmp_path: Path) -> None:
+    def held(step: int, new: float, old: float) -> dict[str, Any]:
+        told = {"new": {"loss_per_answer_token": new}, "old": {"loss_per_answer_token": old}}
+        return {"event": "heldout", "step": step, **told}
+
+    found = {}
+    for name, lines in {"mended": recovered(), "well": good(1, 90)}.items():
+        for old in (3.5, 9.0):
+            run = write_run(tmp_path / f"{name}{old}", [[held(0, 8.8, 3.2), *lines, held(90, 4.0, old)]])
+            found[name, old] = autopsy(run)
+    verdicts = {key: one.verdict for key, one in found.items()}
+    assert verdicts == {
+        ("mended", 3.5): "recovered", ("mended", 9.0): "damaged", ("well", 3.5): "healthy", ("well", 9.0): "healthy",
+    }  # fmt: skip
+    told = {key for key, one in found.items() if "old language ended far above its start" in one.told}
+    assert told == {("mended", 9.0), ("well", 9.0)}
+    [lost] = [d.finding for d in found["well", 9.0].diagnoses]
+    assert (lost.cause, lost.severity, lost.step) == ("old-language-lost", "note", 90)  # its price, no alarm
+    assert "3.20" in lost.evidence
+    assert "9.00" in lost.evidence
+
+
+@pytest.mark.parametrize("num_good", [3, 12])
+def test_a_run_still_going_is_not_called_recovered_while_it_is_in_trouble(tmp_path: Path, num_good: int) -> None:
+    bad = [step_line(n, math.nan, skipped=True) for n in range(21, 25)]
+    storm = [*good(1, 20), *bad, incident(23, "forward-overflow", culprits=["adapter"])]
+    back = [*storm, rollback(15, 24), *good(16, 15 + num_good)]
+    one_bad_row = [*good(1, 20), bad[0], incident(21, "forward-not-finite", bad_rows=[1], num_rows=8)]
+    long_storm = [*good(1, 20), *(step_line(n, math.nan, skipped=True) for n in range(21, 60))]
+    expected = {"storm": "damaged", "back": "recovered" if num_good > 10 else "damaged", "one_bad_row": "recovered",
+                "long_storm": "damaged"}  # fmt: skip
+    runs = {"storm": storm, "back": back, "one_bad_row": one_bad_row, "long_storm": long_storm}
+    for name, lines in runs.items():
+        found = autopsy(write_run(tmp_path / name, [lines]))
+        assert found.verdict == expected[name], name
+        assert ("in trouble at its last step" in found.told) == (expected[name] == "damaged"), name
+    write_json(tmp_path / "back" / "4-lora" / "done.json", {})
+    assert autopsy(tmp_path / "back").verdict == "recovered"  # it came to its end
 
 
 def test_a_stop_that_was_gone_on_from_is_no_end(tmp_path: Path) -> None:
@@ -176,13 +245,40 @@ def test_findings_are_told_gravest_first_and_one_line_a_knob(tmp_path: Path) -> 
     ]
 
 
+def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_path: Path) -> None:
+    blamed = incident(46, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["adapter", "new_rows"], loss=5.0)
+    cut = {**rollback(40, 46), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.3}}
+    run = write_run(tmp_path, [[*good(1, 40), *climb(41, 46, 4, 7), blamed, cut, *good(41, 90)]])
+    pushed = preflight_finding(cause="adapter-push-high", severity="warning")
+    write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
+    found = autopsy(run)
+    # The group that was cut, hot by a rate of its own, is named first and alone in the line.
+    assert found.changes == ["stages.lora.groups.new_rows.peak_lr=0.0003", "stages.lora.groups.adapter.peak_lr=5e-05"]
+    told = next(d for d in found.diagnoses if d.finding.cause == "loss-rose")
+    assert "the new rows of embedding and head or the adapter alone" in told.finding.evidence
+    assert told.finding.cure.startswith("Lower groups.new_rows.peak_lr")
+    cut["rate_factors"] = {"adapter": 0.3}
+    recipe = {**RECIPE, "stages": []}
+    run = write_run(tmp_path / "own", [[*good(1, 40), *climb(41, 46, 4, 7), blamed, cut, *good(41, 90)]], recipe)
+    asked = json.loads((run / "recipe.json").read_text())
+    asked["recipe"]["stages"][0]["groups"] = {"adapter": {"peak_lr": 1e-2}}
+    write_json(run / "recipe.json", asked)
+    write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
+    assert autopsy(run).changes == ["stages.lora.groups.adapter.peak_lr=0.003"]
+
+
 @pytest.mark.parametrize(
     ("cause", "asked", "more", "lines"),
     [
         ("ratchet", {"peak_lr": 1.0}, {}, ["stages.s.peak_lr=0.3"]),
-        ("forward-overflow", {"peak_lr": 1.0}, {"role": "body"}, ["stages.s.groups.body.peak_lr=0.3"]),
+        (
+            "forward-overflow",
+            {"peak_lr": 1.0, "groups": {"body": {"peak_lr": 2.0}, "adapter": {"peak_lr": 3.0}}},
+            {"cuts": RateCuts(1.0, {"body": 0.3})},
+            ["stages.s.groups.body.peak_lr=0.6"],
+        ),
         ("not-finite", {}, {}, []),
-        ("forward-not-finite", {"peak_lr": 1.0}, {"role": START}, ["grow.embedding=subpiece-mean"]),
+        ("forward-not-finite", {"peak_lr": 1.0}, {"is_start": True}, ["grow.embedding=subpiece-mean"]),
         ("huge-new-rows", {}, {"where": "new rows of the embedding"}, ["grow.embedding=subpiece-mean"]),
         ("tiny-new-rows", {}, {"where": "new rows of the head"}, []),
         ("no-forward-headroom", {}, {}, ["stages.s.precision=fp32"]),

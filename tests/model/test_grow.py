@@ -213,3 +213,52 @@ def test_the_real_base_grows_to_the_cards_size(shared_real, tmp_path):
     report = expand_model(shared_real / "english-base", tmp_path / "tokenizer", "subpiece-mean", tmp_path / "grown")
     assert (report.num_rows_old, report.num_rows_new) == (32_000, 49_954)
     assert report.max_old_logit_difference <= report.old_logit_tolerance
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("model.embed_tokens.weight", 290, "in row 290, the piece {piece!r}"),
+        ("lm_head.weight", 290, "in row 290, the piece {piece!r}"),
+        ("model.embed_tokens.weight", 302, "in row 302, which no piece has"),
+        ("model.layers.1.mlp.down_proj.weight", 3, "model.layers.1.mlp.down_proj.weight"),
+        ("model.norm.weight", 0, "model.norm.weight"),
+    ],
+)
+def test_a_base_with_weights_that_are_not_finite_is_refused_by_tensor_and_row(
+    old, new, tmp_path, name, row, told, value, is_tied
+):
+    """C2: a broken input (exit 2), told before anything grows or trains."""
+    model = model_for(old.num_pieces + 4, is_tied=is_tied)
+    model.get_parameter("model.embed_tokens.weight" if is_tied and "lm_head" in name else name).data[row] = value
+    save_causal(model, tmp_path / "base", also=old.save)
+    new.save(tmp_path / "new")
+    with pytest.raises(UserError) as refusal:
+        expand_model(tmp_path / "base", tmp_path / "new", "mean", tmp_path / "out")
+    assert refusal.value.exit_code == 2
+    assert told.format(piece=old.name_of(row)) in refusal.value.problem
+    assert "fetch the model again" in refusal.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_bad_rows_are_counted(old, new, tmp_path):
+    model = model_for(old.num_pieces)
+    model.model.embed_tokens.weight.data[[7, 9]] = math.nan
+    model.model.norm.weight.data[:] = math.inf
+    save_causal(model, tmp_path / "base", also=old.save)
+    new.save(tmp_path / "new")
+    with pytest.raises(UserError, match=r"in 2 rows, first row 7, the piece .*, and 1 more of its tensors do"):
+        expand_model(tmp_path / "base", tmp_path / "new", "mean", tmp_path / "out")
+
+
+def test_a_base_whose_activations_are_not_finite_grows_all_the_same(old, new, tmp_path):
+    """Its weights are finite: which layer is to blame is told by pre-flight."""
+    model = model_for(old.num_pieces)
+    for name in ("q_proj", "k_proj"):
+        model.get_submodule(f"model.layers.1.self_attn.{name}").weight.data.mul_(1e21)
+    report = grow_embeddings(model, old, new, "mean", "mean", 0)
+    assert report.hidden_states_identical
+    assert report.old_logits_identical
+    assert "old_text" not in report.first_loss

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -77,6 +78,28 @@ def test_an_attempt_gone_back_from_is_drawn_pale(tmp_path: Path) -> None:
     assert "attempt 1, gone back from" in text
     assert 'class="stroke new pale"' in text
     assert "Recovered." in text
+
+
+@pytest.mark.parametrize(
+    ("best_at", "before"), [(0, "First loss logged"), (40, "Incident: loss-rose"), (90, "Last loss logged")]
+)
+def test_the_timeline_is_in_the_order_of_steps(tmp_path: Path, best_at: int, before: str) -> None:
+    def held(step: int) -> dict[str, Any]:
+        return {"event": "heldout", "step": step, "new": {"loss_per_answer_token": 2.0 if step == best_at else 4.0}}
+
+    lines = [held(0), *recovered(), held(90)]
+    lines.insert(41, held(40))
+    page = Page(autopsy_page(autopsy(write_run(tmp_path, [lines]))))
+    timeline = page.text[page.text.index("What happened, in order") :]
+    assert timeline.index("Best held-out loss: 2.000") < timeline.index(before)
+    if best_at:
+        assert timeline.index("First loss logged") < timeline.index("Best held-out loss")
+
+
+def test_a_long_line_to_type_wraps_on_a_narrow_screen(tmp_path: Path) -> None:
+    text = autopsy_page(autopsy(write_run(tmp_path, [recovered()])))
+    assert re.search(r'<pre class="wraps" tabindex="0">graftlm run RECIPE', text)
+    assert re.search(r"pre\.wraps \{[^}]*white-space: ?pre-wrap", text)
 
 
 def test_a_healthy_log_has_a_page_too(tmp_path: Path) -> None:

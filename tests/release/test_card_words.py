@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import graftlm
+from graftlm.health.rates import RateCuts
 from graftlm.recipe import Data
 from graftlm.recipe import Tokenizer as Section
 from graftlm.release.card_words import TOO_LONG, in_chinese
@@ -79,4 +80,9 @@ def test_what_is_not_known_is_quoted_and_a_rollback_keeps_its_numbers() -> None:
         "Step 31: the loss rose. Rolled back to step 20; the learning rate is 0.3 of the recipe's from there on."
     )
     assert told == "第 31 步：“the loss rose.” 已回退到第 20 步，此后学习率为配方的 0.3 倍。"
+    for cuts in (RateCuts(), RateCuts(0.3, {"adapter": 0.3})):
+        cut = cuts.cut(["new_rows", "adapter"], 1e-4, {"new_rows": 1e-3, "adapter": 1e-3})
+        told = in_chinese(f"Step 31: the loss rose. Rolled back to step 20; {cut.told()}.")
+        assert "原文" not in told
+        assert "the new rows to 0." in told
     assert set(TOO_LONG) == set(Data.model_fields["too_long"].annotation.__args__)  # type: ignore[union-attr]

@@ -56,7 +56,8 @@ def looked_at(
     attend_packed(body_of(model))
     plant(model)
     steps = Steps(rows or spoken_rows(), batch_rows=8, micro_batch_tokens=256, epochs=1, seed=0)
-    return preflight(take_look(model, steps, stage, make_precision(stage, torch.device("cpu")), FIRST_NEW_ID))
+    precision = make_precision(stage, torch.device("cpu"))
+    return preflight(take_look(model, steps, stage, precision, FIRST_NEW_ID, lambda row: f"piece {row}"))
 
 
 def expect(fault: str, findings: list[Finding], cause: str, where: str, cure: str) -> Finding:
@@ -78,6 +79,18 @@ def set_rows(factor: float, place: int | None = None) -> Callable[[Any], None]:
         with torch.no_grad():
             rows = embedding_rows(model)
             (rows if place is None else rows[place]).mul_(factor)
+
+    return plant
+
+
+def scale_old_row(row: int, factor: float) -> Callable[[Any], None]:
+    return lambda model: model.get_input_embeddings().parametrizations.weight.original0.data[row].mul_(factor)
+
+
+def scale_embedding(factor: float) -> Callable[[Any], None]:
+    def plant(model: Any) -> None:
+        for part in model.get_input_embeddings().parameters():
+            part.data.mul_(factor)
 
     return plant
 
@@ -127,6 +140,33 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
     "tiny new rows": (
         lambda: looked_at(stage_of(), plant=set_rows(1e-4)), "tiny-new-rows", "embedding", "grow.embedding",
     ),
+    "one old row far too large": (
+        lambda: looked_at(stage_of(), plant=scale_old_row(7, 3000)),
+        "outlier-row", "row 7 of the embedding", "another copy of the base",
+    ),
+    "one new row far too large": (
+        lambda: looked_at(stage_of(), plant=set_rows(3000, 3)), "huge-new-rows", "embedding", "grow.embedding",
+    ),
+    "an embedding far too small": (
+        lambda: looked_at(stage_of(), plant=scale_embedding(1e-4)), "tiny-embedding", "embedding", "another copy",
+    ),
+    "an embedding far too large": (
+        lambda: looked_at(stage_of(), plant=scale_embedding(1e30)), "huge-embedding", "embedding", "another copy",
+    ),
+    "a rate beyond the weights' own size": (
+        lambda: looked_at(stage_of(FULL, peak_lr=3.0)), "rate-too-high", "body", "Lower peak_lr",
+    ),
+    "a group's rate beyond its weights' own size": (
+        lambda: looked_at(stage_of(LORA, groups={"new_rows": {"peak_lr": 0.5}})),
+        "rate-too-high", "new_rows", "groups.new_rows.peak_lr",
+    ),
+    "a loss scale that may not fall": (
+        lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**40, "floor": 1e9})),
+        "scale-floor-too-high", "loss_scale.floor", "Lower loss_scale.floor",
+    ),
+    "new rows left as they were grafted": (
+        lambda: looked_at(stage_of({**LORA, "rows": "none"})), "new-rows-fixed", "trains.rows", "new or all",
+    ),
     "a new row of NaN": (
         lambda: looked_at(stage_of(), plant=set_rows(float("nan"), 3)),
         "weights-not-finite", f"row {FIRST_NEW_ID + 3}", "grow.embedding",
@@ -172,6 +212,44 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
 def test_told_before_the_first_step(fault: str) -> None:
     plant, cause, where, cure = BEFORE[fault]
     expect(fault, plant(), cause, where, cure)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "rslora", "rate", "is_told"),
+    [
+        (64, 64, True, 1e-3, False),
+        (64, 64, True, 4e-3, True),
+        (64, 512, False, 1e-3, True),
+        (64, 64, False, 4e-3, False),
+    ],
+)
+def test_the_push_of_an_adapter_is_told_where_it_was_measured_to_ruin(
+    rank: int, alpha: int, rslora: bool, rate: float, is_told: bool
+) -> None:
+    """Rank-stabilized LoRA has the same push at a lower rate, and stands more of it."""
+    trains = {"kind": "lora", "rank": rank, "alpha": alpha, "rslora": rslora, "rows": "new"}
+    found = looked_at(stage_of(trains, peak_lr=rate, groups={"new_rows": {"peak_lr": 1e-4}}))
+    assert [f.cause for f in found] == ["adapter-push-high"] * is_told
+
+
+def test_a_loss_scale_nothing_uses_is_a_note() -> None:
+    [found] = looked_at(stage_of(precision="fp32", loss_scale={"initial": 1024.0}))
+    assert (found.cause, found.severity) == ("loss-scale-unused", "note")
+
+
+def test_new_rows_that_were_trained_before_may_stay(base: Any) -> None:
+    stage = stage_of({**LORA, "rows": "none"})
+    run = StageRun(copy.deepcopy(base), stage, spoken_rows(), {}, Path(), torch.device("cpu"), FIRST_NEW_ID)
+    assert run.look()[1] == []
+
+
+def test_a_row_that_stands_out_is_named_with_its_piece_and_nothing_else_is_blamed() -> None:
+    [found] = looked_at(stage_of(), plant=scale_old_row(7, 3000))
+    assert "Row 7 of the embedding ('piece 7'), of an old piece" in found.evidence
+    [found] = looked_at(stage_of(), plant=set_rows(3000, 3))
+    assert f"Row {FIRST_NEW_ID + 3} of the embedding ('piece {FIRST_NEW_ID + 3}'), of a new piece" in found.evidence
+    [found] = looked_at(stage_of(), plant=set_rows(float("nan"), 3))
+    assert found.where.endswith(f"row {FIRST_NEW_ID + 3} ('piece {FIRST_NEW_ID + 3}')")
 
 
 def trained(tmp_path: Path, stage: Stage, model: Any, rows: TokenRows | None = None, plant: Any = None) -> StageRun:

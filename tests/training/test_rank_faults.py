@@ -30,7 +30,7 @@ AT = 7
 
 def run_of(ranks: Ranks, folder: Path) -> StageRun:
     folder.mkdir(exist_ok=True)
-    return StageRun(tiny_model(), STAGE, make_rows(), {}, folder, CPU, FIRST_NEW_ID, ranks)
+    return StageRun(tiny_model(), STAGE, make_rows(), {}, folder, CPU, FIRST_NEW_ID, ranks=ranks)
 
 
 def whole(ranks: Ranks, folder: Path) -> str:

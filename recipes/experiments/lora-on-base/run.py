@@ -155,32 +155,49 @@ def grid(num_seeds: int, rates: Sequence[float]) -> list[tuple]:
     ]
 
 
-def draw(results: dict[str, Any], file: Path) -> None:
-    """A map: orders and arms down, rates across, held-out loss as colour; a cross where the run stopped."""
-    from matplotlib import pyplot
+def map_of(cells: Sequence[dict[str, Any]], rates: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Median held-out loss by order and arm (down) and rate (across), and what the map says there.
 
+    The loss is NaN where no cell was run, and where one stopped: the words tell the two apart.
+    """
     rows = [(order, arm) for order in ORDERS for arm in ARMS]
-    rates = sorted({c["rate"] for c in results["cells"]})
-    grid = np.full((len(rows), len(rates)), np.nan)
+    losses = np.full((len(rows), len(rates)), np.nan)
+    words = np.full(losses.shape, "not run", dtype=object)
     for place, (order, arm) in enumerate(rows):
         for column, rate in enumerate(rates):
-            cells = [c for c in results["cells"] if not c["change"]]
-            found = [c["loss"] for c in cells if (c["order"], c["arm"], c["rate"]) == (order, arm, rate)]
+            key = (order, arm, rate)
+            found = [c["loss"] for c in cells if not c["change"] and (c["order"], c["arm"], c["rate"]) == key]
+            if not found:
+                continue
             finite = [x for x in found if x is not None and np.isfinite(x)]
-            grid[place, column] = np.median(finite) if finite and len(finite) == len(found) else np.nan
+            if len(finite) == len(found):
+                losses[place, column] = np.median(finite)
+                words[place, column] = f"{np.median(finite):.2f}"
+            else:
+                words[place, column] = "stopped" if None in found else "not finite"
+    return losses, words
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """A map: orders and arms down, rates across, held-out loss as colour; in words where a run stopped, or none was."""
+    from matplotlib import pyplot
+
+    rates = sorted({c["rate"] for c in results["cells"]})
+    losses, words = map_of(results["cells"], rates)
     figure, axes = pyplot.subplots(figsize=(7, 4))
     untrained = results["untrained_loss"]
-    image = axes.imshow(np.clip(grid, None, 1.3 * untrained), cmap="viridis_r", aspect="auto")
-    for (place, column), loss in np.ndenumerate(grid):
-        axes.text(column, place, "stopped" if np.isnan(loss) else f"{loss:.2f}", ha="center", va="center",
-                  color="black" if np.isnan(loss) else "white")  # fmt: skip
+    image = axes.imshow(np.clip(losses, None, 1.3 * untrained), cmap="viridis_r", aspect="auto")
+    for (place, column), told in np.ndenumerate(words):
+        colour = "white" if np.isfinite(losses[place, column]) else "grey" if told == "not run" else "black"
+        axes.text(column, place, told, ha="center", va="center", color=colour)
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set_yticks(range(len(rows)), [f"{order}, {arm}" for order, arm in rows])
+    axes.set_yticks(range(len(ORDERS) * len(ARMS)), [f"{order}, {arm}" for order in ORDERS for arm in ARMS])
     axes.set_xlabel("peak learning rate of the LoRA stage")
     axes.set_title(f"held-out loss after {results['steps']} steps (untrained {untrained:.2f} nats)")
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(file)
+    pyplot.close(figure)
 
 
 def main() -> None:

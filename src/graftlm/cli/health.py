@@ -115,7 +115,7 @@ def autopsy(
 
 
 def _told(found: Autopsy) -> Iterator[str]:
-    from graftlm.release.autopsy_page import state_in_words, title_of, when
+    from graftlm.release.autopsy_page import rows_told, state_in_words, title_of, when
 
     yield f"{found.verdict}: {found.told}"
     yield from (f"  {plain(course.name)}: {course.verdict}; {state_in_words(course)}" for course in found.courses)
@@ -126,6 +126,8 @@ def _told(found: Autopsy) -> Iterator[str]:
             "where": f"{told.stage}, {finding.where}", "step": when(told).removeprefix("step "),
             "evidence": finding.evidence, "cure": finding.cure,
         }  # fmt: skip
+        if told.row_ids:
+            values["rows"] = rows_told(told)
         for name, value in values.items():
             yield from _wrapped(name, plain(value))
         yield from (f"   {'' if place else 'change':<8}  {plain(line)}" for place, line in enumerate(told.lines))

@@ -32,6 +32,9 @@ _WORDS: dict[Verdict, str] = {
     "diverged": "The loss ended no better than it began.",
     "crashed": "Training stopped by itself before its end.",
 }
+_OLD_LOST: dict[Verdict, str] = {"damaged": "Something went wrong and training went on, but with damage."}
+_OLD_LOST_TOO = "Held-out loss of the old language ended far above its start."
+_IN_TROUBLE = "It was in trouble at its last step so far, and nothing had mended that yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class Autopsy:
     @property
     def told(self) -> str:
         """The verdict in words."""
+        if any(course.is_in_trouble and course.verdict == self.verdict for course in self.courses):
+            return _IN_TROUBLE
+        if any(course.is_old_lost for course in self.courses):
+            return f"{_OLD_LOST.get(self.verdict, _WORDS[self.verdict])} {_OLD_LOST_TOO}"
         return _WORDS[self.verdict]
 
     @property
@@ -61,9 +68,13 @@ class Autopsy:
 
     @property
     def changes(self) -> list[str]:
-        """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's."""
+        """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's, and of two as
+        grave that of what happened rather than of what was foreseen."""
         by_knob: dict[str, str] = {}
-        for told in self.diagnoses:
+        by_weight = sorted(
+            self.diagnoses, key=lambda told: (SEVERITIES.index(told.finding.severity), told.finding.step is None)
+        )
+        for told in by_weight:
             for line in told.lines:
                 by_knob.setdefault(line.partition("=")[0], line)
         return list(by_knob.values())
@@ -161,9 +172,7 @@ def _tokenizer_in(folder: Path) -> Tokenizer | None:
 
 
 def _token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    if tokenizer is None or not tokenizer.has_piece(token_id):
-        return ""
-    return tokenizer.decode_continuation([token_id]) or tokenizer.piece(token_id)
+    return "" if tokenizer is None else tokenizer.name_of(token_id)
 
 
 def _run_in(folder: Path) -> _Run | None:
@@ -198,6 +207,7 @@ def _stage_course(folder: Path, run: _Run | None) -> Course:
         taken = read_json(folder / PREFLIGHT)
         course.preflight = [_finding(found) for found in taken.get("findings", ())]
         course.look = taken.get("look", {})
+    course.good_checkpoint = _good_checkpoint(folder)
     known = run is not None and course.name in run.stages()
     if run is not None and known:
         course.asked = run.stages()[course.name]
@@ -205,6 +215,17 @@ def _stage_course(folder: Path, run: _Run | None) -> Course:
     if course.is_refused:
         course.state = "stopped"
     return course
+
+
+def _good_checkpoint(folder: Path) -> str:
+    """The newest checkpoint written down as good, as `training/checkpoint.py` lays them out; "" where there is none."""
+    for values in sorted(folder.glob("checkpoints/step-*/values.json"), reverse=True):
+        try:
+            if read_json(values).get("is_good"):
+                return str(values.parent.relative_to(folder))
+        except UserError:
+            continue  # evidence of less
+    return ""
 
 
 def _finding(found: dict[str, Any]) -> Finding:
@@ -217,7 +238,8 @@ def _finding_json(told: Diagnosis) -> dict[str, Any]:
     return {
         "cause": finding.cause, "severity": finding.severity, "stage": told.stage, "where": finding.where,
         "step": finding.step, "last_step": told.last_step, "count": told.count, "evidence": finding.evidence,
-        "cure": finding.cure, "lines": list(told.lines),
+        "cure": finding.cure, "lines": list(told.lines), "row_ids": list(told.row_ids),
+        "batch_file": f"{told.stage}/{told.batch_file}" if told.batch_file else None,
     }  # fmt: skip
 
 
@@ -228,4 +250,5 @@ def _course_json(course: Course) -> dict[str, Any]:
         "num_skipped": sum(r.skipped for r in course.log.records), "num_rollbacks": len(course.log.interventions),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "ending": course.log.ending,
+        "good_checkpoint": f"{course.name}/{course.good_checkpoint}" if course.good_checkpoint else None,
     }  # fmt: skip

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RATE_CUT = 0.3  # the cut that was measured to work; training/recovery.py makes the same
+from graftlm.health.rates import RATE_CUT, RateCuts
+
+ONE_CUT = RateCuts(RATE_CUT)
 EPS_IN_16_BITS = 1e-6
 REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
 
-# Roles of `groups`; "new-rows-start" stands for how rows of new pieces start.
-START = "new-rows-start"
 _BY_RATE = frozenset(
     {
         "weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow", "loss-rose",
@@ -33,25 +33,36 @@ class Asked:
     stage: Mapping[str, Any] = field(default_factory=dict)
     grow: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def peak_lr(self) -> float | None:
+        """The stage's peak rate, where the recipe tells one."""
+        rate = self.stage.get("peak_lr")
+        return rate if isinstance(rate, int | float) else None
+
+    @property
+    def own_rates(self) -> dict[str, float | None]:
+        """Peak rates of roles that have their own."""
+        return {name: group.get("peak_lr") for name, group in (self.stage.get("groups") or {}).items()}
+
 
 def recipe_lines(
     cause: str,
     asked: Asked,
     *,
     where: str = "",
-    role: str = "",
-    factor: float = RATE_CUT,
+    is_start: bool = False,
+    cuts: RateCuts = ONE_CUT,
     lora_factor: float | None = None,
 ) -> tuple[str, ...]:
     """`key=value` lines that cure `cause`, none where no knob does.
 
-    `role` is who is to blame (a role of `groups`, or START), "" for everybody; `factor` is what becomes of a learning
-    rate; `lora_factor` what the adapter was multiplied by.
+    `is_start`: how rows of new pieces start is to blame, whatever the cause; `cuts` is what becomes of learning rates;
+    `lora_factor` what the adapter was multiplied by.
     """
-    if role == START or cause in _BY_START:
+    if is_start or cause in _BY_START:
         return _starts(asked, where)
     if cause in _BY_RATE:
-        return _rates(asked, role, factor)
+        return _rates(asked, cuts)
     if cause == "adapter-push-high" and lora_factor:
         return (f"{asked.keys}.groups.adapter.peak_lr={REFERENCE_PUSH / lora_factor:.3g}",)
     if cause == "no-forward-headroom":
@@ -63,16 +74,13 @@ def recipe_lines(
     return ()
 
 
-def _rates(asked: Asked, role: str, factor: float) -> tuple[str, ...]:
-    rate = asked.stage.get("peak_lr")
-    own = {name: group.get("peak_lr") for name, group in (asked.stage.get("groups") or {}).items()}
-    if not isinstance(rate, int | float):
+def _rates(asked: Asked, cuts: RateCuts) -> tuple[str, ...]:
+    rate, own = asked.peak_lr, asked.own_rates
+    if rate is None:
         return ()
-    if role:
-        return (f"{asked.keys}.groups.{role}.peak_lr={(own.get(role) or rate) * factor:.3g}",)
-    lines = [f"{asked.keys}.peak_lr={rate * factor:.3g}"]
-    lines += [f"{asked.keys}.groups.{name}.peak_lr={lr * factor:.3g}" for name, lr in own.items() if lr]
-    return tuple(lines)
+    lines = [f"{asked.keys}.peak_lr={rate * cuts.of_all:.3g}"] if cuts.of_all != 1.0 else []
+    changed = [(name, lr) for name, lr in own.items() if lr and cuts.of(name) != 1.0]
+    return tuple(lines + [f"{asked.keys}.groups.{name}.peak_lr={lr * cuts.of(name):.3g}" for name, lr in changed])
 
 
 def _starts(asked: Asked, where: str) -> tuple[str, ...]:

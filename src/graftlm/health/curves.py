@@ -202,4 +202,13 @@ def _verdict(log: RunLog, findings: Sequence[Finding]) -> Verdict:
         if log.records and log.records[-1].is_bad:
             return "diverged"
         return "diverged" if not curve or curve[-1][1] >= curve[0][1] else "damaged"
+    if log.interventions and _never_improved(log):
+        return "diverged"
     return "recovered" if grave or log.interventions else "healthy"
+
+
+def _never_improved(log: RunLog) -> bool:
+    """Whether no held-out reading is better than the one before the first step."""
+    before = [loss for step, loss in log.heldout if step == 0]
+    after = [loss for step, loss in log.heldout if step > 0]
+    return bool(before and after) and not min(after) < before[0]

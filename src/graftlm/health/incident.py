@@ -32,6 +32,7 @@ Class = Literal[
 HOPELESS: frozenset[Class] = frozenset(
     {"weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow"}
 )
+HOPELESS_IN_A_ROW = 3  # such steps in a row are no bad batch any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,11 @@ class Incident:
 
     `module` is the first with a non-finite tensor in time order; `culprits` are the roles (adapter, new_rows,
     old_rows, body) each of which alone, put back to its last good state, cures the step: what was learned is to blame.
-    `bad_from_start` are roles cured only by a neutral start. `bad_rows` are ids of rows that are not finite by
-    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `rank` is the process whose rows
-    they are, where several train together.
+    `bad_from_start` are roles cured only by a neutral start (an adapter's is nothing, new rows' the mean old row);
+    `has_good` tells whether there was a last good state to try. `bad_rows` are ids of rows that are not finite by
+    themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `batch_rows` are ids of all rows
+    of the step, kept in `batch_file` of the stage's folder; of a note neither is. `rank` is
+    the process whose rows they are, where several train together.
     """
 
     step: int
@@ -72,11 +75,14 @@ class Incident:
     is_answer: bool = False
     culprits: tuple[str, ...] = ()
     bad_from_start: tuple[str, ...] = ()
+    has_good: bool = True
     bad_rows: tuple[int, ...] = ()
     num_rows: int = 0
     bad_weight: str = ""
     loss: float = 0.0
     best: float = 0.0
+    batch_rows: tuple[int, ...] = ()
+    batch_file: str = ""
     rank: int = -1
 
     @property
@@ -96,6 +102,11 @@ def classify(seen: Replayed) -> Class:
     if not seen.is_finite:
         return "backward-overflow"
     return "not-reproduced" if seen.is_finite_as_scaled else "scale-too-high"
+
+
+def is_bad_start(incident: Incident) -> bool:
+    """Whether new rows were bad before anything was learned: a good state from before has them so, too."""
+    return not incident.culprits and incident.has_good and "new_rows" in incident.bad_from_start
 
 
 _EVIDENCE: dict[Class, str] = {
@@ -146,7 +157,8 @@ def _blame(incident: Incident) -> str:
         return f"Putting {roles} alone back to the last good state {undone}."
     if incident.bad_from_start:
         roles = " or ".join(_ROLE_KEYS[role] for role in incident.bad_from_start)
-        return f"Starting {roles} anew {undone}; the last good state does not."
+        good = "the last good state does not" if incident.has_good else "no state from before is kept to try"
+        return f"Starting {roles} anew {undone}; {good}."
     return ""
 
 
@@ -166,7 +178,7 @@ def _cure(incident: Incident) -> str:
         return "Look at the rows with graftlm data FILE --show 5: empty answers, or a template without them."
     if not incident.culprits and 0 < len(incident.bad_rows) < incident.num_rows:
         return "Drop or mend the rows named, or start the rows of their pieces anew (grow.embedding: subpiece-mean)."
-    if incident.bad_from_start and not incident.culprits:
+    if is_bad_start(incident):
         return "They were bad before this stage learned anything: choose another grow.embedding and grow.head."
     if incident.cause == "weights-not-finite":
         return "Take the weights before it (roll back, or another copy of the base) and lower peak_lr to 0.3 of it."
@@ -176,7 +188,8 @@ def _cure(incident: Incident) -> str:
         "old_rows": "Lower groups.old_rows.peak_lr to 0.3 of it",
         "body": "Lower groups.body.peak_lr to 0.3 of it",
     }
-    first = rate.get(incident.culprits[0] if incident.culprits else "", "Lower peak_lr to 0.3 of it")
+    blamed = incident.culprits or incident.bad_from_start
+    first = rate.get(blamed[0] if blamed else "", "Lower peak_lr to 0.3 of it")
     if incident.cause == "forward-overflow":
         return f"{first} from the last good state on; bf16 or fp32 have the range, but not the cure if loss climbs."
     return f"{first} from the last good state on."

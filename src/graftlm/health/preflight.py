@@ -1,7 +1,8 @@
 """Pre-flight: what one look at a model and its first rows says before the first step is taken.
 
-Owns the rules on headroom, scale, row sizes, first loss, dtypes and on what does not learn. Gets numbers, not models;
-`training/look.py` takes them. A finding here costs a second; the same fault found by the training run costs hours.
+Owns the rules on headroom, scale, rates, first loss, dtypes and on what does not learn; those on rows of embedding and
+head lie in `preflight_rows.py`. Gets numbers (`look.py`), not models; `training/look.py` takes them. A finding here
+costs a second; the same fault found by the training run costs hours.
 
 Sources of thresholds: IEEE 754 for fp16's range; the others lie between the planted faults and the healthy runs of
 `tests/training/test_catalogue.py`.
@@ -10,75 +11,29 @@ Sources of thresholds: IEEE 754 for fp16's range; the others lie between the pla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from graftlm.health.finding import Finding
-from graftlm.health.probe import BadTensor
+from graftlm.health.look import Look
+from graftlm.health.preflight_rows import rows_findings
 
 LOW_HEADROOM_BITS = 2.0  # of the forward pass; activations of healthy runs grow by less than that
-ROW_RATIO = 16.0  # rms of new rows against old ones; mean rows, the smallest sensible start, lie at 1/9
 LOSS_ABOVE_UNIFORM = 3.0  # nats above ln V
 ADAPTER_PUSH = 32.0  # times the push of alpha = rank at 2e-4
-
-
-@dataclass(frozen=True, slots=True)
-class RoleNumbers:
-    """The trained parameters of one role after one backward pass in fp32 at scale 1.
-
-    `weight_rms` over all entries; `largest_gradient` of any entry; `silent` names those whose gradient is zero
-    throughout; `shared` those whose memory another trained parameter has too.
-    """
-
-    num_tensors: int
-    dtypes: tuple[str, ...]
-    weight_rms: float
-    largest_gradient: float
-    silent: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """All that was seen: of the stage's first rows (`num_*`), of the pass, and of the stage's settings.
-
-    `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives (old, new) rows by matrix,
-    whether they learn or not; `bad_weight` is the first parameter that is not finite, with its row; `bad_row_id` a row
-    of data with an id outside the vocabulary, -1 for none; `ends_right` whether any answer's last target is the end
-    token; `uniform_loss` is what knowing nothing costs, ln V; `lora_factor` what the adapter is multiplied by, None
-    without one. Where an id lies outside there was no pass, and what it would have shown is empty.
-    """
-
-    precision: str
-    eps: float
-    peak_lr: float
-    lora_factor: float | None
-    num_vocab_rows: int
-    uniform_loss: float
-    roles: Mapping[str, RoleNumbers]
-    frozen: tuple[str, ...]
-    row_rms: Mapping[str, tuple[float, float]]
-    bad_weight: str
-    headroom_bits: float
-    headroom_where: str
-    ceiling_bits: Mapping[str, float]
-    first_loss: Mapping[str, float]
-    first_bad: BadTensor | None
-    num_targets: int
-    num_tokens: int
-    num_rows: int
-    bad_row_id: int
-    is_dialogue: bool
-    ends_right: bool
+# Of rank-stabilized LoRA, which multiplies by alpha / sqrt(rank) and so has the same push at a lower rate. Measured on
+# the real base, rank 64, alpha 64: 40 times trains well, at 160 the loss rises (as plain LoRA's does at 40).
+STABILIZED_PUSH = 80.0
+# Adam moves each entry by about the rate: times the rms of the weights it moves. Healthy runs lie at 1 or below.
+RATE_RATIO = 10.0
+FLOOR_BITS = 4.0  # a loss scale's floor above the ceiling of gradients seen by this much never fits
 
 
 def preflight(look: Look) -> list[Finding]:
     """The findings, gravest first. Empty is green."""
     findings = [
-        *_rows_of_data(look), *_dtypes(look), *_learns(look), *_not_finite(look), *_headroom(look), *_row_sizes(look),
-        *_first_loss(look), *_adapter(look),
+        *_rows_of_data(look), *_dtypes(look), *_learns(look), *_not_finite(look), *_headroom(look),
+        *rows_findings(look), *_first_loss(look), *_adapter(look), *_rates(look), *_scale(look),
     ]  # fmt: skip
     return sorted(findings, key=lambda finding: ("fatal", "warning", "note").index(finding.severity))
 
@@ -192,21 +147,6 @@ def _headroom(look: Look) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _row_sizes(look: Look) -> list[Finding]:
-    findings = []
-    for matrix, (old, new) in look.row_rms.items():
-        if not old or not math.isfinite(new) or old / ROW_RATIO <= new <= old * ROW_RATIO:
-            continue
-        kind, less = ("tiny", "small") if new < old else ("huge", "large")
-        findings.append(
-            Finding(f"{kind}-new-rows", "warning", f"new rows of the {matrix}", None,
-                    f"New rows of the {matrix} have rms {new:.2g}, old ones {old:.2g}: so {less} a row distorts the "
-                    "gradients behind it.",
-                    f"Set grow.{matrix} to subpiece-mean or subpiece-mean-norm.")
-        )  # fmt: skip
-    return findings
-
-
 def _first_loss(look: Look) -> list[Finding]:
     kind, loss = max(look.first_loss.items(), key=lambda item: item[1], default=("", 0.0))
     if not math.isfinite(loss) or loss <= look.uniform_loss + LOSS_ABOVE_UNIFORM:
@@ -223,11 +163,44 @@ def _adapter(look: Look) -> list[Finding]:
     if look.lora_factor is None:
         return []
     push = look.lora_factor * look.peak_lr / 2e-4
-    if push <= ADAPTER_PUSH:
+    if push <= (STABILIZED_PUSH if look.is_rank_stabilized else ADAPTER_PUSH):
         return []
     return [
         Finding("adapter-push-high", "warning", "trains.alpha, trains.rank, peak_lr", None,
                 f"The adapter is multiplied by {look.lora_factor:.3g} and learns at {look.peak_lr:g}: {push:.3g} times "
                 "the push of alpha = rank at 2e-4.",
                 "Lower peak_lr or alpha/rank.")
+    ]  # fmt: skip
+
+
+def _rates(look: Look) -> list[Finding]:
+    findings = []
+    for role, numbers in look.roles.items():
+        # An adapter's side begins at zero: its push is judged instead.
+        if role == "adapter" or not numbers.weight_rms or not numbers.peak_lr > RATE_RATIO * numbers.weight_rms:
+            continue
+        findings.append(
+            Finding("rate-too-high", "warning", role, None,
+                    f"Weights of {role} have rms {numbers.weight_rms:.2g} and are to learn at {numbers.peak_lr:g}: a "
+                    f"step may move them by {numbers.peak_lr / numbers.weight_rms:.2g} times their size.",
+                    f"Lower peak_lr (groups.{role}.peak_lr): {0.1 * numbers.weight_rms:.1g} is a lot already.")
+        )  # fmt: skip
+    return findings
+
+
+def _scale(look: Look) -> list[Finding]:
+    if look.is_scale_unused:
+        return [
+            Finding("loss-scale-unused", "note", "loss_scale", None,
+                    f"loss_scale is given and the stage computes in {look.precision}: only fp16 has a loss scale.",
+                    "Nothing to do; leave it out, or set precision: fp16.")
+        ]  # fmt: skip
+    ceiling = min(look.ceiling_bits.items(), key=lambda item: item[1], default=("", math.inf))
+    if look.loss_floor is None or math.log2(look.loss_floor) <= ceiling[1] + FLOOR_BITS:
+        return []
+    return [
+        Finding("scale-floor-too-high", "fatal", "loss_scale.floor", None,
+                f"The loss scale may not fall below {look.loss_floor:g}, and gradients of {ceiling[0]} leave fp16's "
+                f"range above 2^{ceiling[1]:.0f}: every step would overflow.",
+                "Lower loss_scale.floor; its default is 1e-4.")
     ]  # fmt: skip

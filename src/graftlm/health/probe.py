@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graftlm.model.causal import vocabulary_modules
+from graftlm.model.finite import bad_parameters
 
 Phase = Literal["forward", "backward"]
 FP16_MAX = 65_504.0  # IEEE 754 binary16
@@ -90,23 +90,26 @@ def plain_name(name: str) -> str:
     return name.replace(".lora_A.default", ".lora_A").replace(".lora_B.default", ".lora_B")
 
 
-def first_bad_weight(model: nn.Module, first_new_id: int | None) -> str:
+NameOf = Callable[[int], str]
+
+
+def no_name(_: int) -> str:
+    """What an id is called where nobody knows its text."""
+    return ""
+
+
+def first_bad_weight(model: nn.Module, first_new_id: int | None, name_of: NameOf = no_name) -> str:
     """The first parameter, learning or not, with a number that is not finite; of a vocabulary matrix, its row too.
 
-    Empty where all are finite. Norms are taken first: one pass over all weights at once.
+    Empty where all are finite. `name_of` tells a row's text.
     """
-    named = list(model.named_parameters())
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for _, p in named])])
-    for place in (~torch.isfinite(norms)).nonzero().flatten().tolist():
-        name, parameter = named[place]
-        rows = (~torch.isfinite(parameter.detach())).reshape(len(parameter), -1).any(-1).nonzero()
-        if not len(rows):
-            continue  # finite and so large that its norm is not
-        if not any(parameter is p for m in vocabulary_modules(model) for p in m.parameters()):
+    for name, rows in bad_parameters(model):
+        if not rows:
             return plain_name(name)
         # The second part of a split matrix begins with the first new piece.
         offset = (first_new_id or 0) if name.endswith("original1") else 0
-        return f"{plain_name(name)}, row {int(rows[0]) + offset}"
+        text = name_of(rows[0] + offset)
+        return f"{plain_name(name)}, row {rows[0] + offset}" + (f" ({text!r})" if text else "")
     return ""
 
 

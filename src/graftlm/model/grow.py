@@ -34,6 +34,7 @@ from graftlm.model.causal import (
     save_causal,
     vocabulary_modules,
 )
+from graftlm.model.finite import refuse_bad_weights
 from graftlm.model.row_init import INITS, Neighbours, find_neighbours, read_vectors, row_rms, start_rows
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -56,7 +57,7 @@ class GrowReport:
     `row_rms`: mean rms of a row by matrix and by old and new. `first_loss`: nats per target before any
     training, on old text and, where new text was given, over its targets by class; `uniform` is ln of the
     number of rows, what a model that knows nothing pays. `max_old_logit_difference`: through the whole grown
-    head, a wider matrix product.
+    head, a wider matrix product. What is not finite is left out of both.
     """
 
     num_rows_old: int
@@ -102,13 +103,14 @@ def expand_model(
     """Grow the model in folder `model` to the grafted `tokenizer` and write both, with grow.json, into `out`.
 
     The model keeps its dtype. `new_texts` of the new language tell its first loss. Raises UserError when the tokenizer
-    does not extend the model's own.
+    does not extend the model's own, or the model's weights are not finite.
     """
     folder = find_model(model)
     old_tokenizer, new_tokenizer = load_tokenizer(folder), load_tokenizer(tokenizer)
     check_ids(empty_causal(folder), old_tokenizer.num_pieces)
     check_extension(old_tokenizer, new_tokenizer)
     grown = load_causal(folder, dtype=None)
+    refuse_bad_weights(grown, folder, old_tokenizer)
     report = grow_embeddings(
         grown, old_tokenizer, new_tokenizer, init, head_init or init, seed, vectors, new_texts=new_texts
     )
@@ -296,17 +298,20 @@ def _take_proof(model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[st
 
 
 def _compare(model: PreTrainedModel, proof: _Proof, num_old: int) -> dict[str, Any]:
-    """The proof, taken again after growing. A failure is our own fault, not the user's: asserted."""
+    """The proof, taken again after growing. A failure is our own fault, not the user's: asserted.
+
+    A base whose activations are not finite grows too, and proves that by what is: pre-flight tells of it, by layer.
+    """
     hidden = [_hidden_TH(model, row) for row in proof.ids]
-    same_hidden = all(torch.equal(a, b) for a, b in zip(hidden, proof.hidden, strict=True))
+    same_hidden = all(map(_is_same, hidden, proof.hidden))
     old_logits = [_old_logits(model, h, num_old) for h in hidden]
-    same_logits = all(torch.equal(a, b) for a, b in zip(old_logits, proof.logits, strict=True))
+    same_logits = all(map(_is_same, old_logits, proof.logits))
     head = head_weight(model).detach()
     differences = [
-        (linear(h, head)[:, :num_old].float() - was.float()).abs().max().item()
+        _largest(linear(h, head)[:, :num_old].float() - was.float())
         for h, was in zip(hidden, proof.logits, strict=True)
     ]
-    largest = max(was.float().abs().max().item() for was in proof.logits)
+    largest = max(_largest(was.float()) for was in proof.logits)
     # Products sum in fp32 and round once at the end: 1 ulp in 16 bits; in fp32 the sum's own order, about sqrt(H) ulp.
     ulps = 1.0 if head.dtype.itemsize == 2 else math.sqrt(head.shape[1])
     tolerance = ulps * torch.finfo(head.dtype).eps * max(largest, 1.0)
@@ -320,6 +325,15 @@ def _compare(model: PreTrainedModel, proof: _Proof, num_old: int) -> dict[str, A
         "max_old_logit_difference": max(differences),
         "old_logit_tolerance": tolerance,
     }
+
+
+def _is_same(now: Tensor, was: Tensor) -> bool:
+    return bool(((now == was) | (now.isnan() & was.isnan())).all())
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value of those that are finite."""
+    return values.abs().masked_fill(~torch.isfinite(values), 0.0).max().item()
 
 
 def _first_losses(
@@ -340,4 +354,5 @@ def _first_losses(
                 losses.setdefault("new_text_old_targets", []).append(losses_T[targets < num_old])
                 losses.setdefault("new_text_new_targets", []).append(losses_T[targets >= num_old])
     means = {name: torch.cat(parts) for name, parts in losses.items()}
-    return {"uniform": math.log(len(head)), **{name: x.mean().item() for name, x in means.items() if len(x)}}
+    found = {name: x.mean().item() for name, x in means.items() if len(x)}
+    return {"uniform": math.log(len(head)), **{name: loss for name, loss in found.items() if math.isfinite(loss)}}

@@ -16,6 +16,7 @@ from graftlm.health.autopsy import Autopsy
 from graftlm.health.course import Course, Diagnosis
 from graftlm.health.curves import WINDOW, smoothed
 from graftlm.health.finding import Finding
+from graftlm.health.rates import rate_cuts_of
 from graftlm.health.records import LogRecord
 from graftlm.release.page import card, chapter, facts, page, safe, table
 from graftlm.release.plots import Events, Line, line_plot
@@ -23,6 +24,7 @@ from graftlm.run import disk_errors, write_json
 
 HEALTH, PAGE = "health.json", "autopsy.html"
 MOST_TOLD = 60  # lines of a timeline
+MOST_ROWS = 8  # of a step's rows by name
 _ROLES = {
     "adapter": ("adapter", "plain"), "body": ("transformer body", "train"), "old_rows": ("rows of old pieces", "old"),
     "new_rows": ("rows of new pieces", "new"),
@@ -109,7 +111,7 @@ def _findings(found: Autopsy) -> str:
     told = "".join(_finding(number, told, several) for number, told in enumerate(found.diagnoses, start=1))
     if found.changes:
         command = f"graftlm run RECIPE --out ANOTHER_FOLDER {' '.join(found.changes)}"
-        told += f'<h3>To try it</h3><pre tabindex="0">{safe(command)}</pre>'
+        told += f'<h3>To try it</h3><pre class="wraps" tabindex="0">{safe(command)}</pre>'
     return told
 
 
@@ -117,14 +119,22 @@ def _finding(number: int, told: Diagnosis, several: bool) -> str:
     finding = told.finding
     kind = "ok" if finding.severity == "note" else "bad"
     values: list[tuple[str, Any]] = [("cause", finding.cause), ("where", finding.where), ("when", when(told))]
+    if told.row_ids:
+        values.append(("rows of the step", rows_told(told)))
     if several:
         values.insert(0, ("stage", told.stage))
     lines = "\n".join(told.lines)
-    change = f'<p><b>Change.</b></p><pre tabindex="0">{safe(lines)}</pre>' if lines else ""
+    change = f'<p><b>Change.</b></p><pre class="wraps" tabindex="0">{safe(lines)}</pre>' if lines else ""
     return (
         f'<h3>{number}. {safe(title_of(finding))} <span class="{kind}">({safe(finding.severity)})</span></h3>'
         f"{facts(values)}<p>{safe(finding.evidence)}</p><p><b>Cure.</b> {safe(finding.cure)}</p>{change}"
     )
+
+
+def rows_told(told: Diagnosis) -> str:
+    """The first rows of the step a finding is told of, and the file that holds all."""
+    shown = ", ".join(map(str, told.row_ids[:MOST_ROWS])) + (", …" if len(told.row_ids) > MOST_ROWS else "")
+    return f"{shown}; kept in {told.stage}/{told.batch_file}" if told.batch_file else shown
 
 
 def when(told: Diagnosis) -> str:
@@ -152,20 +162,34 @@ def _happenings(course: Course) -> Iterator[tuple[str, str]]:
     if course.look and not course.preflight:
         yield "before", "Pre-flight: green."
     readings = [(r.step, r.loss) for r in log.records if r.loss is not None]
+    held = [reading for reading in log.heldout if math.isfinite(reading[1])]
+    best = min(held, key=lambda reading: reading[1], default=None)
+    is_first = best is not None and (not readings or best[0] < readings[0][0])
+    if best and is_first:
+        yield f"{best[0]:,}", f"Best held-out loss: {_nats(best[1])}."
     if readings:
         yield f"{readings[0][0]:,}", f"First loss logged: {_nats(readings[0][1])}."
-    for kind, lines in groupby(log.events, key=lambda line: (line["event"], line.get("cause"))):
-        yield from _event_told(kind[0], list(lines))
-    if log.heldout:
-        step, loss = min(log.heldout, key=lambda reading: reading[1])
-        yield f"{step:,}", f"Best held-out loss: {_nats(loss)}."
+    # What was given up lies at later steps than what came after it: the best stands before the first of those.
+    places = [line.get("at_step", line["step"]) for line in log.events]
+    cut = next((place for place, step in enumerate(places) if best and step > best[0]), len(places))
+    yield from _events_told(log.events[:cut])
+    if best and not is_first:
+        yield f"{best[0]:,}", f"Best held-out loss: {_nats(best[1])}."
+    yield from _events_told(log.events[cut:])
     if readings:
         yield f"{readings[-1][0]:,}", f"Last loss logged: {_nats(readings[-1][1])}."
+    if course.good_checkpoint and course.verdict not in ("healthy", "recovered"):
+        yield "", f"The last good state is kept: {course.name}/{course.good_checkpoint}."
     yield f"{log.last_step:,}", (log.ending or state_in_words(course).capitalize()).rstrip(".") + "."
 
 
 def _nats(loss: float) -> str:
     return f"{loss:.3f} nats a token" if math.isfinite(loss) else "not a finite number"
+
+
+def _events_told(events: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for kind, lines in groupby(events, key=lambda line: (line["event"], line.get("cause"))):
+        yield from _event_told(kind[0], list(lines))
 
 
 def _event_told(event: str, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -185,10 +209,8 @@ def _event_told(event: str, lines: list[dict[str, Any]]) -> Iterator[tuple[str, 
 def _rollback_told(line: Mapping[str, Any]) -> str:
     """Why, in the first words it was written down with, and what was done."""
     why = str(line["text"]).split(". ")[0].partition(": ")[2].rstrip(".")
-    return (
-        f"Rolled back to step {line['step']:,}: {why}. The learning rate is {line['rate_factor']:.3g} of the recipe's "
-        "from there on."
-    )
+    cut = rate_cuts_of(line).told()
+    return f"Rolled back to step {line['step']:,}: {why}. {cut[0].upper()}{cut[1:]}."
 
 
 def _curves(course: Course) -> str:

@@ -87,6 +87,11 @@ _SENTENCES = {
     "Step {}: {} Rolled back to step {}; the learning rate is {} of the recipe's from there on.": (
         "第 {} 步：“{}” 已回退到第 {} 步，此后学习率为配方的 {} 倍。"
     ),
+    "Step {}: {} Rolled back to step {}; the learning rate is {} of the recipe's from there on, cut for {}.": (
+        "第 {} 步：“{}” 已回退到第 {} 步，此后学习率为配方的 {} 倍，部分更低（“{}”）。"
+    ),
+    "Step {}: {} Rolled back to step {}; from there on the recipe's learning rate is cut for {}, and stays for the "
+    "others.": "第 {} 步：“{}” 已回退到第 {} 步，此后只降低部分学习率（“{}”，相对配方），其余不变。",
 }  # fmt: skip
 
 

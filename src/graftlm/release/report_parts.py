@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graftlm.health.rates import rate_cuts_of
 from graftlm.release.page import duration, facts, safe, table
 from graftlm.release.plots import Line, bars_plot, line_plot
 from graftlm.release.record import RunRecord, StageRecord
@@ -191,7 +192,7 @@ def health_chapter(run: RunRecord) -> str:
     if looked and not any(course.preflight for course in looked):
         told += "<p>Pre-flight found nothing before the first step of any stage.</p>"
     back = [
-        (course.name, line["at_step"], line["step"], line["rate_factor"])
+        (course.name, line["at_step"], line["step"], rate_cuts_of(line).short())
         for course in health.courses
         for line in course.log.interventions
     ]

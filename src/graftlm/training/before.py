@@ -14,11 +14,13 @@ from graftlm.device import Precision
 from graftlm.errors import NumericalStop, UserError
 from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
-from graftlm.health.preflight import Look, preflight
+from graftlm.health.look import Look
+from graftlm.health.preflight import preflight
+from graftlm.health.probe import NameOf
 from graftlm.model.causal import body_of
 from graftlm.model.packed import refuse_longer_rows
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, say, write_json
+from graftlm.run import Metrics, json_values, say, write_json
 from graftlm.training.batches import Steps
 from graftlm.training.look import take_look
 from graftlm.training.ranks import Ranks
@@ -34,12 +36,13 @@ class BeforeFirstStep:
     steps: Steps
     precision: Precision
     first_new_id: int | None
+    name_of: NameOf
     ranks: Ranks
 
     def look(self) -> tuple[Look, list[Finding]]:
         """What one rank sees, and the findings."""
         tight = self._tight()
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id)
+        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of)
         return look, [*([tight] if tight else []), *preflight(look)]
 
     def refuse(self, folder: Path, metrics: Metrics) -> None:
@@ -64,7 +67,8 @@ class BeforeFirstStep:
 
     def _refuse_fatal(self, folder: Path, metrics: Metrics) -> None:
         look, findings = self.look()
-        write_json(folder / PREFLIGHT, {"findings": [asdict(f) for f in findings], "look": asdict(look)})
+        told = {"findings": [asdict(f) for f in findings], "look": asdict(look)}
+        write_json(folder / PREFLIGHT, json_values(told))
         for finding in findings:
             if finding.severity == "fatal" and self.stage.recovery != "off":
                 text = f"{self.stage.name}, before the first step: {finding.evidence}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import causal_of, plain_model
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
@@ -33,6 +34,7 @@ def stage_for_all(
     folder: Path,
     device: torch.device,
     first_new_id: int | None,
+    name_of: NameOf = no_name,
 ) -> StageRun:
     """Rank 0's run of a stage, once every other rank has what it needs to train along. Raises UserError, RankLost.
 
@@ -51,7 +53,7 @@ def stage_for_all(
         _fill(ranks, model)
         for one in (rows, *heldout.values()):
             _send_rows(ranks, one)
-    return StageRun(model, stage, rows, dict(heldout), folder, device, first_new_id, ranks)
+    return StageRun(model, stage, rows, dict(heldout), folder, device, first_new_id, name_of, ranks)
 
 
 def follow(ranks: Ranks, device: torch.device) -> None:
@@ -65,7 +67,7 @@ def follow(ranks: Ranks, device: torch.device) -> None:
         rows = _rows(ranks)
         heldout = {language: _rows(ranks) for language in order["heldout"]}
         stage, folder = Stage.model_validate(order["stage"]), Path(order["folder"])
-        StageRun(model, stage, rows, heldout, folder, device, order["first_new_id"], ranks).run()
+        StageRun(model, stage, rows, heldout, folder, device, order["first_new_id"], ranks=ranks).run()
 
 
 def _fill(ranks: Ranks, model: Any) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.device import Precision, random_states, restore_random_states
-from graftlm.health.preflight import Look, RoleNumbers
-from graftlm.health.probe import Probe, bits_below, first_bad_weight, plain_name, watching
+from graftlm.health.look import LargestRow, Look, RoleNumbers
+from graftlm.health.probe import NameOf, Probe, bits_below, first_bad_weight, no_name, plain_name, watching
 from graftlm.model.body import labelled_hidden_states
-from graftlm.model.causal import head_weight, plain_model, vocabulary_modules
+from graftlm.model.causal import head_weight, is_tied, plain_model, vocabulary_modules
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
+from graftlm.model.row_init import row_rms
 from graftlm.model.rows import Role, head_rows, parameter_groups_by_role
-from graftlm.recipe import Full, Lora, NewRows, Stage
+from graftlm.recipe import Full, Lora, LossScale, NewRows, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Batch, Steps, row_batches
 
@@ -30,12 +31,15 @@ NUM_ROWS = 8
 BUDGET_TOKENS = 2048
 
 
-def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None) -> Look:
-    """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained."""
+def take_look(
+    model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None, name_of: NameOf = no_name
+) -> Look:
+    """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained; `name_of` tells an id's
+    text."""
     roles = parameter_groups_by_role(model)
     num_vocab_rows = len(head_weight(model))
     bad_row_id = _row_outside(steps.rows, num_vocab_rows)
-    bad_weight = first_bad_weight(model, first_new_id)
+    bad_weight = first_bad_weight(model, first_new_id, name_of)
     probe, first_loss, ids = Probe(), {}, []
     num_targets = num_tokens = 0
     batch = _first_batch(steps, precision.device)
@@ -45,18 +49,27 @@ def take_look(model: Any, steps: Steps, stage: Stage, precision: Precision, firs
         states = random_states()
         probe, first_loss = _pass(model, batch, first_new_id)
         restore_random_states(states)
-    numbers = {role: _numbers(named, _unseen(role, ids, model, first_new_id)) for role, named in roles.items()}
+    numbers = {
+        role: _numbers(named, _unseen(role, ids, model, first_new_id), _rate(stage, role))
+        for role, named in roles.items()
+    }
     where, largest = probe.largest(probe.products)
     look = Look(
         precision=precision.name,
         eps=stage.eps,
-        peak_lr=_adapter_rate(stage),
+        peak_lr=_rate(stage, "adapter" if isinstance(stage.trains, Lora) else None),
         lora_factor=_lora_factor(stage.trains),
+        is_rank_stabilized=isinstance(stage.trains, Lora) and stage.trains.rslora,
+        loss_floor=precision.scaler.floor if precision.scaler else None,
+        is_scale_unused=stage.precision in ("fp32", "bf16") and stage.loss_scale != LossScale(),
+        norm_eps=float(getattr(plain_model(model).config, "rms_norm_eps", 0.0)),
+        are_new_rows_fixed=isinstance(stage.trains, Lora) and stage.trains.rows == "none" and first_new_id is not None,
         num_vocab_rows=num_vocab_rows,
         uniform_loss=math.log(num_vocab_rows),
         roles={role: found for role, found in numbers.items() if found.num_tensors},
         frozen=tuple(_frozen(roles, stage.trains)),
         row_rms=_row_rms(model, first_new_id),
+        largest_rows=_largest_rows(model, first_new_id, name_of),
         bad_weight=bad_weight,
         headroom_bits=bits_below(largest),
         headroom_where=where,
@@ -102,7 +115,7 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
     return probe, {kind: part.double().mean().item() for kind, part in parts.items() if len(part)}
 
 
-def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int]) -> RoleNumbers:
+def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int], peak_lr: float) -> RoleNumbers:
     learning = [(plain_name(name), p) for name, p in named if p.requires_grad]
     squares = sum(p.detach().double().square().sum().item() for _, p in learning)
     count = sum(p.numel() for _, p in learning)
@@ -115,6 +128,7 @@ def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int]) -> Rol
     return RoleNumbers(
         num_tensors=len(learning),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for _, p in learning})),
+        peak_lr=peak_lr,
         weight_rms=math.sqrt(squares / max(count, 1)),
         largest_gradient=max((g.abs().amax().item() for g in gradients), default=0.0),
         silent=tuple(
@@ -153,10 +167,22 @@ def _row_rms(model: Any, first_new_id: int | None) -> dict[str, tuple[float, flo
         return {}
 
     def rms(rows: Tensor) -> float:
-        return rows.detach().double().square().mean().sqrt().item()
+        return row_rms(rows.detach()).median().item()  # of a mean, one row far too large would say that all are
 
     matrices = zip(("embedding", "head"), vocabulary_modules(model), strict=True)
     return {name: (rms(m.weight[:first_new_id]), rms(m.weight[first_new_id:])) for name, m in matrices}
+
+
+def _largest_rows(model: Any, first_new_id: int | None, name_of: NameOf) -> dict[str, LargestRow]:
+    found = {}
+    for name, module in zip(("embedding", "head"), vocabulary_modules(model), strict=True):
+        if name == "head" and is_tied(model):
+            break
+        rms = row_rms(module.weight.detach())
+        row_id = int(rms.argmax())
+        is_new = first_new_id is not None and row_id >= first_new_id
+        found[name] = LargestRow(row_id, name_of(row_id), is_new, rms[row_id].item(), rms.median().item())
+    return found
 
 
 def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:
@@ -180,8 +206,8 @@ def _ends_right(batch: Batch, eos: int | Sequence[int] | None) -> bool:
     return not ends or not any(last) or any(target[0] in ends for target in last if target)
 
 
-def _adapter_rate(stage: Stage) -> float:
-    own = stage.groups.adapter.peak_lr if isinstance(stage.trains, Lora) else None
+def _rate(stage: Stage, role: Role | None) -> float:
+    own = getattr(stage.groups, role).peak_lr if role else None
     return stage.peak_lr if own is None else own
 
 

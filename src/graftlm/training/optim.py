@@ -29,8 +29,15 @@ def make_optimizer(roles: dict[str, list[Parameter]], stage: Stage) -> torch.opt
             members = [p for p in parameters if (p.ndim >= 2) == decays]
             if members:
                 weight_decay = decay if decays else 0.0
-                groups.append({"params": members, "peak_lr": peak_lr, "lr": peak_lr, "weight_decay": weight_decay})
+                rates = {"role": role, "asked_lr": peak_lr, "peak_lr": peak_lr, "lr": peak_lr}
+                groups.append({"params": members, "weight_decay": weight_decay, **rates})
     return torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=True)
+
+
+def cut_peak_rates(optimizer: torch.optim.Optimizer, of_roles: Mapping[str, float]) -> None:
+    """Set every group's peak to its role's share of what was asked; roles not in `of_roles` get all of it."""
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["asked_lr"] * of_roles.get(group["role"], 1.0)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

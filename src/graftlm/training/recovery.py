@@ -4,14 +4,15 @@ Owns the decision and its budget: which skipped steps are replayed, what counts 
 learning rate is cut. Does not run passes (`replay.py`) and does not touch weights: the stage rolls back, asked by a
 `Trouble` raised here. `stage.recovery` says how far this goes: automatic, advise (replay and tell), or off.
 
-The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate.
+The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate;
+`health/rates.py` says whose.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from graftlm.device import random_states
 from graftlm.errors import NumericalStop
-from graftlm.health.cures import RATE_CUT
-from graftlm.health.incident import HOPELESS, Incident, finding_of
+from graftlm.health.incident import HOPELESS, HOPELESS_IN_A_ROW, Incident, finding_of
+from graftlm.health.rates import RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
@@ -28,7 +29,6 @@ from graftlm.training.checkpoint import Checkpoint, good_checkpoints, load_check
 from graftlm.training.loop import StepRecord
 from graftlm.training.replay import SkippedStep
 
-HOPELESS_IN_A_ROW = 3
 REPLAYED_IN_A_ROW = (1, 3, 9, 27, 52)  # of an unbroken run of skipped steps: a falling scale needs no more looks
 MOST_REPLAYS = 50
 
@@ -46,10 +46,12 @@ class Recovery:
         metrics: Metrics,
         take_again: Callable[[SkippedStep], Incident],
         blame: Callable[[int, float], tuple[str, ...]],
+        keep_batch: Callable[[int], tuple[str, tuple[int, ...]]],
     ) -> None:
         self.stage, self.metrics, self._take_again, self._blame = stage, metrics, take_again, blame
+        self._keep_batch = keep_batch
         self.watch = LossWatch()
-        self.rate_factor = 1.0
+        self.rates = RateCuts()
         self.num_rollbacks = 0
         self._in_a_row = self._num_replays = 0
         self._is_risen = False
@@ -64,17 +66,16 @@ class Recovery:
 
     def see(self, record: StepRecord) -> None:
         """Look at a finished step. Raises Trouble where the stage mends itself and should roll back."""
+        self._in_a_row = self._in_a_row + 1 if record.skipped else 0
+        eye = None if record.skipped else self.watch.see(record.loss)
         if self.stage.recovery == "off":
-            return
+            return  # nothing is done, but which states were good is known
         if record.skipped:
             self._see_skipped(record.step, record.loss_scale)
+        elif eye is not None:
+            self._see_rise(record.step, eye.last, eye.best)
         else:
-            self._in_a_row = 0
-            eye = self.watch.see(record.loss)
-            if eye is not None:
-                self._see_rise(record.step, eye.last, eye.best)
-            else:
-                self._is_risen = False
+            self._is_risen = False
         self._random = random_states()
 
     def see_heldout(self, step: int, loss: float) -> None:
@@ -104,7 +105,6 @@ class Recovery:
             raise stop
 
     def _see_skipped(self, step: int, loss_scale: float) -> None:
-        self._in_a_row += 1
         if self._in_a_row not in REPLAYED_IN_A_ROW or self._num_replays >= MOST_REPLAYS:
             return
         incident = self._replay(step, loss_scale)
@@ -118,9 +118,13 @@ class Recovery:
         return incident
 
     def _note(self, incident: Incident) -> None:
+        incident = replace(incident, culprits=tuple(hottest_first(incident.culprits, self._own_rates())))
+        finding = finding_of(incident)
+        if finding.severity != "note":
+            batch_file, batch_rows = self._keep_batch(incident.step)
+            incident = replace(incident, batch_file=batch_file, batch_rows=batch_rows)
         self._last = incident
         self.metrics.append("incident", **asdict(incident))
-        finding = finding_of(incident)
         if finding.severity != "note":
             say(f"{self.stage.name}, step {incident.step}: {finding.evidence}")
 
@@ -145,20 +149,21 @@ class Recovery:
         saved = load_checkpoint(good)
         for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
             shutil.rmtree(later, ignore_errors=True)
-        rate, number = self.rate_factor * RATE_CUT, self.num_rollbacks + 1
+        before, number = self.rates, self.num_rollbacks + 1
+        rates = before.cut(self._last.culprits if self._last else (), self.stage.peak_lr, self._own_rates())
         self.restore(saved.values["recovery"])
-        self.rate_factor, self.num_rollbacks, self._in_a_row = rate, number, 0
+        self.rates, self.num_rollbacks, self._in_a_row = rates, number, 0
         self._went_back_to = good.name
-        text = (
-            f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; the learning rate is "
-            f"{rate:.3g} of the recipe's from there on."
-        )
+        text = f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; {rates.told()}."
         self.metrics.append(
             "intervention", step=saved.values["step"], number=number, at_step=step, action="rollback",
-            rate_factor=rate, text=text,
+            cut=rates.roles_cut_since(before), **rates.state(), text=text,
         )  # fmt: skip
         say(f"{self.stage.name}: {text}")
         return saved
+
+    def _own_rates(self) -> dict[str, float | None]:
+        return {role: getattr(self.stage.groups, role).peak_lr for role in type(self.stage.groups).model_fields}
 
     def _told(self, why: str) -> str:
         """Why, and what the last replay found."""
@@ -176,7 +181,7 @@ class Recovery:
         """What a checkpoint must hold to go on exactly."""
         return {
             "watch": self.watch.state(),
-            "rate_factor": self.rate_factor,
+            **self.rates.state(),
             "num_rollbacks": self.num_rollbacks,
             "in_a_row": self._in_a_row,
             "num_replays": self._num_replays,
@@ -187,7 +192,7 @@ class Recovery:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` returned; random states are those of this moment, so restore them before."""
         self.watch.restore(state["watch"])
-        self.rate_factor, self.num_rollbacks = state["rate_factor"], state["num_rollbacks"]
+        self.rates, self.num_rollbacks = rate_cuts_of(state), state["num_rollbacks"]
         self._in_a_row, self._num_replays = state["in_a_row"], state["num_replays"]
         self._is_risen, self._went_back_to = state["is_risen"], state["went_back_to"]
         self._random = random_states()

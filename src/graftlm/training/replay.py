@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.incident import HOPELESS, Class, Incident, Replayed, classify
-from graftlm.health.probe import BadTensor, first_bad_weight, watching
+from graftlm.health.probe import BadTensor, NameOf, first_bad_weight, no_name, watching
 from graftlm.training.ablation import roles_put_back
 from graftlm.training.batches import Batch, Steps, row_batches
 from graftlm.training.loop import response_loss_sum
@@ -52,8 +52,10 @@ def replay(
     precision: Precision,
     last_good: Mapping[str, Tensor] | None,
     first_new_id: int | None,
+    name_of: NameOf = no_name,
 ) -> Incident:
-    """Find out what a skipped step was. `last_good` are trained weights by name to put back, where there are any."""
+    """Find out what a skipped step was. `last_good` are trained weights by name to put back, where there are any;
+    `name_of` tells an id's text."""
     after = random_states()
     batches = steps.micro_batches(skipped.step, precision.device)
     unscaled = replace(precision, scaler=None)
@@ -73,7 +75,7 @@ def replay(
         in_fp32 = take(replace(unscaled, compute_dtype=torch.float32), 1.0, needs_backward=False)
     seen = Replayed(
         num_targets=num_targets,
-        bad_weight=first_bad_weight(model, first_new_id),
+        bad_weight=first_bad_weight(model, first_new_id, name_of),
         is_forward_finite=at_one.is_forward_finite,
         is_forward_finite_in_fp32=in_fp32.is_forward_finite,
         is_finite=at_one.is_finite,
@@ -90,6 +92,7 @@ def replay(
             found,
             culprits=tuple(role for role, is_learned in cured if is_learned),
             bad_from_start=tuple(role for role, is_learned in cured if not is_learned),
+            has_good=last_good is not None,
             bad_rows=tuple(i for i in tried if not take(unscaled, 1.0, _alone(steps, i, precision)).is_finite),
             num_rows=len(tried),
         )

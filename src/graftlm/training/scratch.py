@@ -45,7 +45,9 @@ def build_scratch_base(
     )
     rows = _rows_of(scratch.text, tokenizer, scratch.row_tokens)
     heldout = {"old": _rows_of(scratch.heldout, tokenizer, scratch.row_tokens)} if scratch.heldout else {}
-    run = stage_for_all(ranks, model, scratch.training, rows, heldout, folder, device, first_new_id=None)
+    run = stage_for_all(
+        ranks, model, scratch.training, rows, heldout, folder, device, first_new_id=None, name_of=tokenizer.name_of
+    )
     run.run()
     facts = run.facts()
     save_causal(run.finished_model(), folder / "model", also=tokenizer.save)

@@ -23,7 +23,8 @@ from graftlm.device import (
 from graftlm.errors import Interrupted, NumericalStop, UserError
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
-from graftlm.health.preflight import Look
+from graftlm.health.look import Look
+from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
 from graftlm.model.packed import attend_packed, attend_plain
@@ -44,8 +45,15 @@ from graftlm.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from graftlm.training.evidence import keep_batch
 from graftlm.training.loop import StepRecord, train
-from graftlm.training.optim import learning_rate_shape, make_optimizer, optimizer_tensors, restore_optimizer
+from graftlm.training.optim import (
+    cut_peak_rates,
+    learning_rate_shape,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from graftlm.training.precision import make_precision
 from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
@@ -92,9 +100,11 @@ class StageRun:
         folder: Path,
         device: torch.device,
         first_new_id: int | None,
+        name_of: NameOf = no_name,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.stage, self.folder, self.first_new_id, self.ranks = stage, folder, first_new_id, ranks
+        self.stage, self.folder, self.ranks = stage, folder, ranks
+        self.first_new_id, self.name_of = first_new_id, name_of
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl", ranks.is_first)
         seed_everything(stage.seed)
@@ -123,7 +133,7 @@ class StageRun:
         self.ranks.draw_apart(self.stage.seed, self.step)
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, ranks)
         self.recorder = Recorder(self.roles)
-        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame)
+        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.stop = StopAsked()
 
@@ -182,8 +192,8 @@ class StageRun:
         if not self.resume():
             self._before().refuse(self.folder, self.metrics)
             self._read_heldout(0)
-            if self.stage.recovery == "automatic":
-                self._save()  # the first state to go back to
+            if self.stage.recovery != "off":
+                self._save()  # the first state to go back to, or to put back for a moment to tell who is to blame
         try:
             with self.stop.heard():
                 while self.step < self.steps.num_steps:
@@ -213,7 +223,9 @@ class StageRun:
         return self._before().look()
 
     def _before(self) -> BeforeFirstStep:
-        return BeforeFirstStep(self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks)
+        return BeforeFirstStep(
+            self.model, self.stage, self.steps, self.precision, self.first_new_id, self.name_of, self.ranks
+        )
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
@@ -221,6 +233,9 @@ class StageRun:
         model = restore_model(self.model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
+
+    def _keep_batch(self, step: int) -> tuple[str, tuple[int, ...]]:
+        return keep_batch(self.folder, self.steps, step) if self.ranks.is_first else ("", ())
 
     def _train_or_roll_back(self) -> None:
         try:
@@ -239,7 +254,8 @@ class StageRun:
         self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
-        own = replay(self.model, self.steps, skipped, self.precision, self._last_good(), self.first_new_id)
+        good = self._last_good()
+        own = replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
         return gravest(self.ranks, own)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
@@ -252,13 +268,14 @@ class StageRun:
     def _train(self) -> None:
         num_steps = self.steps.num_steps
         shape = learning_rate_shape(self.stage, num_steps)
+        cut_peak_rates(self.optimizer, self.recovery.rates.of_roles)
         with steps_shown(self.stage.name, num_steps, self.step) as show:
             train(
                 self.model,
                 self.steps,
                 first_step=self.step,
                 num_updates=self.num_updates,
-                lr_at=lambda updates: self.recovery.rate_factor * shape(updates),
+                lr_at=lambda updates: self.recovery.rates.of_all * shape(updates),
                 optimizer=self.optimizer,
                 groups=self.roles,
                 precision=self.precision,

@@ -132,6 +132,12 @@ class Tokenizer:
             return False
         return True
 
+    def name_of(self, piece_id: int) -> str:
+        """What an id is called in a message: its text, else its piece; empty where it stands for nothing."""
+        if not self.has_piece(piece_id):
+            return ""
+        return self.decode_continuation([piece_id]) or self.piece(piece_id)
+
     @cached_property
     def piece_ids(self) -> list[int]:
         """All ids that stand for something, in order."""
