@@ -124,6 +124,7 @@ def wait_for(log: Path, text: str, metrics: Path, seconds: float = 90) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five runs of three processes each; every one of them has its own limit below
 def test_gpus_starts_ranks_and_after_a_kill_or_a_hang_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
     """R4: through torch's launcher; rank 1 killed, then hanging, then rank 0 killed; the weights are the same."""
     run, log = tmp_path / "run", tmp_path / "log"
