@@ -58,6 +58,8 @@ def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
     assert "(31.7 GiB): does not fit\n" in out
     assert "not even one row fits" in out
     assert "sharded       predicted, over 8: 2" in out
+    assert out.count("data parallel predicted, over 8: ") == 1  # the stage that fits one device
+    assert "Sharding weights and moments is not built yet" in " ".join(out.split())
     assert "CUDA 12.6 build" in out
     assert "Try " not in out
 

@@ -42,7 +42,8 @@ def blocks(name: str, kind: str) -> list[str]:
 
 def commands(name: str) -> list[list[str]]:
     """Every line of a document's shell blocks as words, without comments."""
-    lines = [line for block in blocks(name, "sh") for line in block.splitlines() if line.strip()]
+    joined = (re.sub(r"\\\n *", "", block) for block in blocks(name, "sh"))
+    lines = [line for block in joined for line in block.splitlines() if line.strip()]
     return [shlex.split(line.removeprefix(".venv/bin/"), comments=True) for line in lines]
 
 
@@ -82,8 +83,11 @@ def test_every_command_runs_or_would(
     program, verb, *rest = command
     if program == "make":
         assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {verb}"
+    elif program == "torchrun":
+        _check_torchrun([verb, *rest])
     elif verb in ("run", "preflight"):
-        recipe, *overrides = [word for word in rest if word not in ("--out", _value(rest, "--out"))]
+        flags = {word for flag in ("--out", "--gpus") for word in (flag, _value(rest, flag))}
+        recipe, *overrides = [word for word in rest if word not in flags]
         load_recipe(recipe, overrides)
     elif verb == "sweep":
         assert load_sweep(Path(rest[0])).grid
@@ -98,6 +102,29 @@ def test_every_command_runs_or_would(
         assert verb in ("export", "card", "chat", "autopsy", "serve"), f"say how this is tested: {shlex.join(command)}"
         parsed = typer.main.get_command(app).commands[verb].make_context(verb, list(rest))
         assert parsed.params
+
+
+def _check_torchrun(words: list[str]) -> None:
+    """torch's own parser takes the words, and what it would start is a recipe of ours."""
+    from torch.distributed.run import parse_args
+
+    asked = parse_args(words)
+    assert (asked.module, asked.training_script, asked.training_script_args[0]) == (True, "graftlm", "run")
+    assert asked.node_rank == 0
+    load_recipe(asked.training_script_args[1])
+
+
+@pytest.mark.parametrize("name", PAIRS[1])
+def test_the_batch_script_for_slurm_starts_torchrun(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked with Slurm's variables set by hand: there is no Slurm here."""
+    monkeypatch.chdir(desk)
+    (script,) = blocks(name, "bash")
+    (line,) = re.findall(r"srun bash -c '(torchrun [^']*)'", script)
+    words = line.replace("\\\n", " ")
+    for variable, value in (("$SLURM_NNODES", "2"), ("$SLURM_NODEID", "0"), ("$FIRST", "node1")):
+        assert variable in words
+        words = words.replace(variable, value)
+    _check_torchrun(shlex.split(words)[1:])
 
 
 def _value(words: list[str], flag: str) -> str:

@@ -79,14 +79,17 @@ def available_memory_bytes() -> int | None:
     return None
 
 
-def memory_here_bytes(device: torch.device) -> int | None:
-    """What this process may hold in all: what it holds now, and what is free; None where the system does not say."""
+def memory_here_bytes(device: torch.device, num_sharing: int = 1) -> int | None:
+    """What this process may hold in all: what it holds now, and what is free; None where the system does not say.
+
+    `num_sharing` processes have one CPU's free memory among them; a GPU is one process's own.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         free = available_memory_bytes()
-        return None if free is None else free + pages * os.sysconf("SC_PAGE_SIZE")
+        return None if free is None else free // num_sharing + pages * os.sysconf("SC_PAGE_SIZE")
     return None
 
 

@@ -28,5 +28,11 @@ class DiskError(UserError):
     exit_code = 4
 
 
+class RankLost(UserError):
+    """A process that trained with others was killed, hangs or cannot be reached: the run ends, and can go on."""
+
+    exit_code = 130
+
+
 class Interrupted(Exception):
     """The person or the system asked the run to stop; what was being done is finished and saved."""

@@ -30,6 +30,7 @@ from graftlm.step import STARTED, Order, Step, fingerprint, make_order
 from graftlm.talk.generate import model_of_run
 from graftlm.text.first_look import look_at_dialogues, look_at_lines, look_at_texts
 from graftlm.text.rows import FORMAT_VERSION
+from graftlm.training.ranks import ALONE, Ranks
 
 EARLIER = "earlier"
 
@@ -53,13 +54,14 @@ class RunResult:
     questions: dict[str, Any] | None = None
 
 
-def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> RunResult:
+def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ranks: Ranks = ALONE) -> RunResult:
     """Walk the whole road in `folder`; what is finished and unchanged is kept, what was interrupted goes on.
 
     `relatives` are folders of other runs: a step one of them has finished for the same order is taken over from it.
-    Raises UserError, NumericalStop, DiskError, Interrupted.
+    This process is the first of `ranks`; the others take part in training (`following.follow`).
+    Raises UserError, NumericalStop, DiskError, Interrupted, RankLost.
     """
-    with _begun(recipe, folder, relatives) as (walk, orders):
+    with _begun(recipe, folder, relatives, ranks) as (walk, orders):
         try:
             result = walk.take_all(orders)
         except NumericalStop as stop:
@@ -110,12 +112,14 @@ def preflight_recipe(recipe: Recipe, folder: Path) -> PreflightResult:
 
 
 @contextlib.contextmanager
-def _begun(recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> Iterator[tuple[_Walk, dict[str, Order]]]:
+def _begun(
+    recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ranks: Ranks = ALONE
+) -> Iterator[tuple[_Walk, dict[str, Order]]]:
     """A walk in a locked run folder, once nothing speaks against it; the resolved recipe is written."""
     check_inputs(recipe)
     use_all_cores()
     with RunFolder(folder, recipe.name) as run:
-        walk = _Walk(recipe, run.folder, relatives)
+        walk = _Walk(recipe, run.folder, relatives, ranks)
         orders = walk.orders()
         walk.refuse_lost_training(orders)
         walk.look_at_inputs(orders)
@@ -195,10 +199,10 @@ class _Stop:
 class _Walk:
     """One walk along the road: what is planned, done, changed or left over."""
 
-    def __init__(self, recipe: Recipe, folder: Path, relatives: Sequence[Path] = ()) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ranks: Ranks = ALONE) -> None:
         self.folder = folder
         self.relatives = relatives
-        self.road = Road(recipe, folder)
+        self.road = Road(recipe, folder, ranks)
         self.stops = _plan(recipe, self.road)
 
     def orders(self) -> dict[str, Order]:

@@ -301,6 +301,13 @@ class Card(Section):
     data_license: str | None = None
 
 
+class RankWaits(Section):
+    """How long the processes of a run that trains on several devices wait for one another. Changes no result."""
+
+    join_seconds: Count = 300
+    timeout_seconds: Count = 600
+
+
 class Recipe(Section):
     """The whole road."""
 
@@ -315,6 +322,7 @@ class Recipe(Section):
     export: Export = Export()
     report: Report = Report()
     card: Card = Card()
+    ranks: RankWaits = RankWaits()
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:

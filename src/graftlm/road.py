@@ -36,8 +36,11 @@ from graftlm.text.rows import TokenRows
 from graftlm.text.templates import Template, find_template
 from graftlm.text.texts import first_texts
 from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
+from graftlm.training.following import stage_for_all
+from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.scratch import build_scratch_base
-from graftlm.training.stage import StageRun, apply_stage, attach_stage
+from graftlm.training.stage import StageRun
+from graftlm.training.trained import apply_stage, attach_stage
 
 LANGUAGES: tuple[Literal["new", "old"], ...] = ("new", "old")
 
@@ -48,8 +51,8 @@ Facts = dict[str, Any]
 class Road:
     """The steps of one recipe in one run folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> None:
+        self.recipe, self.ranks = recipe, ranks
         self.folder = folder
         self.device = pick_device(recipe.device)
         number = 4 + len(recipe.stages)
@@ -77,7 +80,7 @@ class Road:
     def build_scratch(self, step: Step) -> Facts:
         """Step 0: a small base from nothing."""
         assert self.recipe.base.scratch is not None
-        return build_scratch_base(self.recipe.base.scratch, self.recipe.seed, step.folder, self.device)
+        return build_scratch_base(self.recipe.base.scratch, self.recipe.seed, step.folder, self.device, self.ranks)
 
     def graft_tokenizer(self, step: Step) -> Facts:
         """Step 1: the grafted tokenizer."""
@@ -141,7 +144,9 @@ class Road:
         )
         held = {language: data / f"heldout-{language}" for language in LANGUAGES}
         heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
-        return StageRun(model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id, tokenizer.name_of)
+        return stage_for_all(
+            self.ranks, model, stage, rows, heldout, folder, self.device, tokenizer.first_new_id, tokenizer.name_of
+        )
 
     def train_stage(self, number: int) -> Callable[[Step], Facts]:
         """The step that trains stage `number` (from 0)."""

@@ -182,13 +182,18 @@ class Metrics:
 
     JSON has no number that is not finite: one is written as "NaN", "Infinity" or "-Infinity", and `read_metrics` gives
     it back. A null would not tell them apart, nor from what was not measured.
+
+
+    Of several processes that train together one `is_writer`; the others' lines would be the same.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_writer: bool = True) -> None:
+        self.path, self.is_writer = path, is_writer
 
     def append(self, event: str, **values: Any) -> None:
         """Add one line. Raises DiskError."""
+        if not self.is_writer:
+            return
         line = _metrics_line({"event": event, **values})
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
@@ -196,7 +201,7 @@ class Metrics:
     def cut_after(self, step: int, num_interventions: int = 0) -> None:
         """Drop lines of steps beyond `step`, interventions beyond the first `num_interventions` and a half-written last
         line: a resumed run writes them again."""
-        if not self.path.exists():
+        if not self.is_writer or not self.path.exists():
             return
         lines = read_metrics(self.path)
         done = [place for place, line in enumerate(lines) if 0 < line.get("number", 0) <= num_interventions]

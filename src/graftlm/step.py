@@ -134,7 +134,7 @@ class Step:
         if before["key"] == order.key:
             return []
         files = sorted(path for path, mark in order.given.items() if before["given"].get(path, mark) != mark)
-        return sorted(_changed_keys(before["asked"], order.asked)) + [f"the contents of {path}" for path in files]
+        return sorted(changed_keys(before["asked"], order.asked)) + [f"the contents of {path}" for path in files]
 
     def is_begun_with_another(self, key: str) -> bool:
         """Whether the folder was begun for an order of another key."""
@@ -225,11 +225,12 @@ def _is_passing(place: Path) -> bool:
     return place.parts[0] in ONLY_WHILE_UNFINISHED or place.name.startswith(".") or str(place) in (STARTED, DONE)
 
 
-def _changed_keys(before: Any, after: Any, prefix: str = "") -> set[str]:
+def changed_keys(before: Any, after: Any, prefix: str = "") -> set[str]:
+    """Dotted keys of nested mappings whose values differ."""
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return set() if before == after else {prefix.rstrip(".")}
     return {
         name
         for key in before.keys() | after.keys()
-        for name in _changed_keys(before.get(key), after.get(key), f"{prefix}{key}.")
+        for name in changed_keys(before.get(key), after.get(key), f"{prefix}{key}.")
     }

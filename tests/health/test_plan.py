@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_sent_where_it_does() -> None:
     assert "It fits one h200." in told["does-not-fit"].cure
     assert "Here fits stages.full.trains={kind: lora}" in told["does-not-fit"].cure
     assert "CUDA 12.6" in told["torch-build"].evidence
-    assert {"no-triton", "one-process"} <= told.keys()
+    assert {"no-triton", "data-parallel"} <= told.keys()
 
 
 def test_a_budget_larger_than_memory_and_a_row_longer_than_the_budget_are_told_with_what_fits() -> None:

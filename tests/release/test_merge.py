@@ -12,8 +12,8 @@ from graftlm.model.tensors import source_of_folder
 from graftlm.recipe import Full, Lora, NewRows, Stage
 from graftlm.release.merge import after_stage
 from graftlm.training.checkpoint import Checkpoint, save_checkpoint
-from graftlm.training.stage import apply_stage
 from graftlm.training.trainable import prepare_model, trainable_parameters
+from graftlm.training.trained import apply_stage
 
 STAGES = {
     "full": Full(kind="full"),

@@ -30,7 +30,7 @@ def test_a_stage_too_large_is_refused_and_one_that_hardly_fits_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(room, "memory_here_bytes", lambda device: room_bytes)
+    monkeypatch.setattr(room, "memory_here_bytes", lambda device, _: room_bytes)
     stage = make_stage(FULL, recovery=recovery, epochs=0.5, heldout_every=None)
     run = StageRun(tiny_model(), stage, make_rows(), {}, tmp_path, torch.device("cpu"), None)
     if is_refused:

@@ -17,8 +17,9 @@ from graftlm.run import read_metrics
 from graftlm.training import best as best_module
 from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import stage as stage_module
-from graftlm.training.stage import StageRun, apply_stage
+from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model, restore_model, trainable_parameters
+from graftlm.training.trained import apply_stage
 
 FULL = {"kind": "full"}
 NEW_ROWS = {"kind": "new-rows"}

@@ -110,6 +110,7 @@ def _result(
         "items": {name: num_bytes / GIB for name, num_bytes in worst.items.items()},
         "micro_batch_tokens": None if None in budgets else min(filter(None, budgets)),
         "hours": None if None in hours or None in budgets else sum(filter(None, hours)),
+        "parallel": _parallel(plans, num_devices),
         "sharded": _sharded(plans),
         "changes": [line for plan in plans for line in plan.changes],
         "stages": [_stage(plan) for plan in plans],
@@ -123,8 +124,17 @@ def _result(
     }
 
 
+def _parallel(plans: list[StagePlan], num_devices: int) -> dict[str, Any] | None:
+    """All stages with the rows of a step shared out, as `graftlm run --gpus` does; its hours are a prediction."""
+    if plans[0].sharded is None:
+        return None
+    hours = [plan.parallel_hours for plan in plans]
+    total = None if None in hours else sum(filter(None, hours))
+    return {"num_devices": num_devices, "is_prediction": True, "hours": total}
+
+
 def _sharded(plans: list[StagePlan]) -> dict[str, Any] | None:
-    """All stages over several devices: a prediction, as the program trains on one."""
+    """All stages with weights, gradients and moments shared out too: a prediction, as it is not built."""
     parts = [plan.sharded for plan in plans if plan.sharded is not None]
     if not parts:
         return None
@@ -163,6 +173,7 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
         "tokens_per_second": plan.hours.tokens_per_second,
         "hours": plan.hours.hours,
         "changes": plan.changes,
+        "parallel_hours": plan.parallel_hours,
         "sharded": None
         if sharded is None
         else {
@@ -223,6 +234,9 @@ def _told_stage(stage: dict[str, Any], duration: Callable[[float], str]) -> Iter
     sharded = stage["sharded"]
     if sharded is None:
         return
+    if stage["parallel_hours"] is not None:
+        took = duration(stage["parallel_hours"] * 3600)
+        yield f"  data parallel predicted, over {sharded['num_devices']}: {took}, memory of each as above"
     time = f", {duration(sharded['hours'] * 3600)}" if sharded["hours"] is not None else ""
     needed = f"over {sharded['num_devices']}: {sharded['peak_gib']:.1f} GiB each"
     yield f"  sharded       predicted, {needed}; {_most(sharded)}{time}"

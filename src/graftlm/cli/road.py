@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,24 +25,41 @@ def run(
         ),
     ] = None,
     out: RunOut = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train on this many GPUs of this machine, or processes where there is no GPU."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Walk the whole road of a recipe. Run it again to continue or to redo what changed.
 
     Example: graftlm run recipes/demo.yaml --out runs/demo stages.full.epochs=2
     """
+    from graftlm.cli.launch import launch, run_as_rank
     from graftlm.recipe_file import load_recipe
+    from graftlm.training.place import place_here
 
-    loaded = load_recipe(recipe, overrides or (), needs_files=True)
-    from graftlm.pipeline import run_recipe
-
-    result = run_recipe(loaded, out or Path("runs") / loaded.name)
+    place = place_here()
+    if place.count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank's end is told in words, not as a dump of torch
+    loaded = load_recipe(recipe, overrides or (), needs_files=place.rank == 0)
+    folder = out or Path("runs") / loaded.name
+    if gpus is not None and (gpus > 1 or place.count > 1):
+        launch(gpus, place, loaded, [str(recipe), *(overrides or ()), *_flags(out, as_json)])
+        return
+    result = run_as_rank(place, loaded, folder)
+    if result is None:
+        return  # rank 0 tells
     if as_json:
         show(result, True)
         return
     if result.questions:
         _show_questions(result.questions)
     print(f"model   {result.model}\nreport  {result.report}\nchat    {_program()} chat {result.model}")
+
+
+def _flags(out: Path | None, as_json: bool) -> list[str]:
+    return [*(["--out", str(out)] if out else []), *(["--json"] if as_json else [])]
 
 
 def sweep(

@@ -69,17 +69,19 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
     if num_devices > 1 and device.is_cpu:
         yield Finding(
             "one-cpu", "note", f"{num_devices} devices", None,
-            f"{num_devices} devices are asked for; this CPU is one, and the plan is for it.",
-            "Leave out --gpus and --nodes, or name a GPU with --on.",
+            f"{num_devices} processes would share this CPU's cores and memory; the plan is for one.",
+            "graftlm run --gpus N starts them where it is wanted all the same (bench/ranks.py).",
         )  # fmt: skip
     elif num_devices > 1:
         told = ", ".join(
             f"{plan.wish.name} {plan.sharded.peak_gib:.1f} GiB each" for plan in plans if plan.sharded is not None
         )
         yield Finding(
-            "one-process", "warning", f"{num_devices} devices", None,
-            "A run is one process on one device: training sharded over several is not built yet.",
-            f"The figures for {num_devices} are what full sharding (FSDP2) would need, predicted: {told}.",
+            "data-parallel", "note", f"{num_devices} devices", None,
+            f"graftlm run --gpus shares a step's rows out to {num_devices} ranks; each holds what one device holds, "
+            "and the fp32 model in its machine's memory as it begins. Sharding weights and moments is not built yet, "
+            "and no GPU has run either.",
+            f"The figures called sharded are what FSDP2 would need, predicted: {told}.",
         )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     there = [other.name for other in DEVICES.values() if fits_at_all(wish, other)]
     told = [f"It fits one {', '.join(there)}." if there else "It fits no single device of the table."]
     if plan.sharded is not None and plan.sharded.micro_batch_tokens is not None:
-        told.append(f"Sharded over {plan.sharded.num_devices} it would fit (predicted; not built yet).")
+        told.append(f"Sharded over {plan.sharded.num_devices} it would fit (predicted; sharding is not built yet).")
     lighter = {
         trains: replace(wish, learns=learns)
         for trains, learns in _LESS.items()

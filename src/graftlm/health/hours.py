@@ -71,9 +71,11 @@ class Hours:
 
 def hours_of(
     device: Device, num_devices: int, precision: str, rows: RowFacts, flops: Flops, *,
-    epochs: float, num_steps: int, learning_parameters: int,
+    epochs: float, num_steps: int, learning_parameters: int, is_sharded: bool = True,
 ) -> Hours:  # fmt: skip
-    """The time of a stage on `num_devices`; more than one is a prediction with an assumed scaling."""
+    """The time of a stage on `num_devices`; more than one is a prediction with an assumed scaling.
+
+    Where it is not `is_sharded`, each device updates every parameter that learns."""
     num_tokens = epochs * rows.num_rows * rows.mean_tokens
     total = flops.executed * num_tokens
     assumptions = [f"rows: {rows.source}"]
@@ -84,7 +86,7 @@ def hours_of(
     rate = rate_of(device, precision) * (num_devices * SCALING if num_devices > 1 else 1)
     seconds = None
     if rate:
-        update = ADAM_BYTES * learning_parameters / device.bandwidth / num_devices
+        update = ADAM_BYTES * learning_parameters / device.bandwidth / (num_devices if is_sharded else 1)
         seconds = total / rate + num_steps * update
     else:
         assumptions.append(f"nothing is known of the speed of {device.title}: no hours")

@@ -60,7 +60,8 @@ class Incident:
     `bad_from_start` are roles cured only by a neutral start (an adapter's is nothing, new rows' the mean old row);
     `has_good` tells whether there was a last good state to try. `bad_rows` are ids of rows that are not finite by
     themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `batch_rows` are ids of all rows
-    of the step, kept in `batch_file` of the stage's folder; of a note neither is.
+    of the step, kept in `batch_file` of the stage's folder; of a note neither is. `rank` is
+    the process whose rows they are, where several train together.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Incident:
     best: float = 0.0
     batch_rows: tuple[int, ...] = ()
     batch_file: str = ""
+    rank: int = -1
 
     @property
     def lora_side(self) -> str:
@@ -144,7 +146,8 @@ def _place(incident: Incident, token: str) -> str:
         return ""
     kind = f"{'new' if incident.is_new_token else 'old'} piece, {'answer' if incident.is_answer else 'prompt'}"
     named = f" {token!r}" if token else ""
-    return f"It begins at row {incident.row_id}, token {incident.token_id}{named} ({kind})."
+    on_rank = f" on rank {incident.rank}" if incident.rank >= 0 else ""
+    return f"It begins{on_rank} at row {incident.row_id}, token {incident.token_id}{named} ({kind})."
 
 
 def _blame(incident: Incident) -> str:

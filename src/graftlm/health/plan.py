@@ -63,7 +63,7 @@ class StageWish:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """What full sharding over several devices would need and take: predicted, as it is not built yet."""
+    """What full sharding over several devices would need and take: predicted, as only data parallelism is built."""
 
     num_devices: int
     peak_gib: float
@@ -75,7 +75,8 @@ class Sharded:
 @dataclass(frozen=True, slots=True)
 class StagePlan:
     """One stage on one device. `fits`: as the recipe has it. `peak`, `items` (bytes) and `moment` are the recipe's own;
-    `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does."""
+    `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `parallel_hours`:
+    with the rows of a step shared out to several devices, each of which holds what one holds; None for one."""
 
     wish: StageWish
     precision: str
@@ -88,6 +89,7 @@ class StagePlan:
     hours: Hours
     size: StageSize
     sharded: Sharded | None
+    parallel_hours: float | None = None
 
     @property
     def holds_step(self) -> bool:
@@ -130,7 +132,7 @@ def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_check
 
 
 def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePlan:
-    """The plan of one stage: on one device as the program is now, and sharded over `num_devices` as a prediction."""
+    """The plan of one stage: on one device, rows shared out to `num_devices`, and sharded over them (predicted)."""
     precision, _ = precision_told(device, wish.precision)
     size = size_of(wish, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
     worst = peak(size)
@@ -138,6 +140,7 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePl
     budget, is_checkpointing = best_setting(wish, device, precision)
     fits = needed <= device.memory_bytes and wish.micro_batch_tokens >= wish.rows.longest
     hours = _hours(wish, device, 1, precision, budget, is_checkpointing if budget else wish.gradient_checkpointing)
+    is_parallel = num_devices > 1 and not device.is_cpu
     return StagePlan(
         wish=wish,
         precision=precision,
@@ -149,7 +152,10 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePl
         gradient_checkpointing=is_checkpointing,
         hours=hours,
         size=size,
-        sharded=_sharded(wish, device, num_devices, precision) if num_devices > 1 and not device.is_cpu else None,
+        sharded=_sharded(wish, device, num_devices, precision) if is_parallel else None,
+        parallel_hours=_parallel_hours(wish, device, num_devices, precision, budget, is_checkpointing)
+        if is_parallel
+        else None,
     )
 
 
@@ -207,8 +213,9 @@ def fits_at_all(wish: StageWish, device: Device) -> bool:
 
 
 def _hours(
-    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool
-) -> Hours:
+    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool,
+    is_sharded: bool = True, num_steps: int | None = None,
+) -> Hours:  # fmt: skip
     tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact))
     shared = wish.rows.num_shared if wish.is_exact else 0
     rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
@@ -218,9 +225,19 @@ def _hours(
     )  # fmt: skip
     size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
     return hours_of(
-        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs, num_steps=wish.num_steps,
-        learning_parameters=size.learning_parameters,
+        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs,
+        num_steps=num_steps or wish.num_steps, learning_parameters=size.learning_parameters, is_sharded=is_sharded,
     )  # fmt: skip
+
+
+def _parallel_hours(
+    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool
+) -> float | None:
+    """Each device takes its part of a step's rows and updates every parameter; None where it holds not even one row."""
+    if budget is None:
+        return None
+    own = replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
+    return _hours(own, device, num_devices, precision, budget, is_checkpointing, False, wish.num_steps).hours
 
 
 def _sharded(wish: StageWish, device: Device, num_devices: int, precision: str) -> Sharded:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from graftlm.model.weights import (
 from graftlm.run import say
 
 __all__ = [
-    "body_of", "check_folder", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied", "load_causal",
-    "model_fingerprint", "new_causal", "parameter_count", "plain_model", "recompute_activations", "save_causal",
-    "vocabulary_modules",
+    "body_of", "causal_of", "check_folder", "check_ids", "empty_causal", "find_model", "head_weight", "is_tied",
+    "load_causal", "model_fingerprint", "new_causal", "parameter_count", "plain_model", "recompute_activations",
+    "save_causal", "vocabulary_modules",
 ]  # fmt: skip
 
 # Pre-norm decoders with RMSNorm whose logits are exactly hidden @ head.T: no soft cap, no scale after it.
@@ -148,6 +148,15 @@ def new_causal(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return _without_padding_index(model)
+
+
+def causal_of(config: Mapping[str, Any], attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM of a config in plain values, in fp32, its weights still to be filled in."""
+    values = dict(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=attention)
     return _without_padding_index(model)
 
 

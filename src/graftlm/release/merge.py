@@ -18,7 +18,7 @@ from graftlm.model.lora import merged_matrix
 from graftlm.model.tensors import TensorSource, read_stored
 from graftlm.model.weights import StoredTensor, read_header, verify_manifest
 from graftlm.recipe import Lora, Stage
-from graftlm.training.stage import TRAINED
+from graftlm.training.trained import TRAINED
 
 _PEFT, _ROWS = "base_model.model.", ".parametrizations.weight.original"
 

@@ -19,6 +19,7 @@ from graftlm.device import Precision
 from graftlm.model.rows import Role, parameter_groups_by_role
 from graftlm.training.batches import Steps
 from graftlm.training.loop import response_loss_sum
+from graftlm.training.ranks import ALONE, Ranks
 
 CLEAR_SHARE = 0.5  # of the rise that putting a role back must undo to be blamed for it
 
@@ -72,14 +73,21 @@ def roles_put_back(model: Any, last_good: Mapping[str, Tensor] | None) -> Iterat
 
 @torch.no_grad()
 def blame_for_rise(
-    model: Any, steps: Steps, step: int, precision: Precision, last_good: Mapping[str, Tensor] | None, best: float
+    model: Any,
+    steps: Steps,
+    step: int,
+    precision: Precision,
+    last_good: Mapping[str, Tensor] | None,
+    best: float,
+    ranks: Ranks = ALONE,
 ) -> tuple[str, ...]:
     """Roles each of which, put back alone, undoes at least half of a step's rise (nats per target) above `best`."""
     batches = steps.micro_batches(step, precision.device)
-    num_targets = max(sum(len(batch.targets_N) for batch in batches), 1)
+    num_targets = max(steps.num_targets(step), 1)
 
     def loss() -> float:
-        return sum(response_loss_sum(model, batch, precision).item() for batch in batches) / num_targets
+        own = sum(response_loss_sum(model, batch, precision).item() for batch in batches)
+        return ranks.total(own)[0] / num_targets
 
     was_training = model.training
     model.eval()

@@ -7,6 +7,7 @@ exact. Does not know models or text.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -57,6 +58,17 @@ def pack(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
             left -= lengths[place]
         insort(room, (left, number))
     return bins
+
+
+def shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Places 0..len-1 shared out to ranks so that tokens come out even: the longest first, each to whom has least."""
+    found: list[list[int]] = [[] for _ in range(num_ranks)]
+    held = [0] * num_ranks
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        rank = min(range(num_ranks), key=lambda rank: (held[rank], rank))
+        found[rank].append(place)
+        held[rank] += lengths[place]
+    return [sorted(places) for places in found]
 
 
 def common_prefix(rows: TokenRows, row_ids: Sequence[int]) -> int:
@@ -132,8 +144,17 @@ def row_batches(
     ]
 
 
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """An epoch's permutation of the rows: asked for several times a step, and long for many rows."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
 class Steps:
-    """All steps of a stage: which rows each takes, and their micro-batches."""
+    """All steps of a stage: which rows each takes, and their micro-batches.
+
+    The rows of a step are the same whatever `num_ranks`; they are shared out by tokens, and `rank` packs its own.
+    """
 
     def __init__(
         self,
@@ -144,6 +165,8 @@ class Steps:
         epochs: float,
         seed: int,
         sparing: Sparing = Sparing(),
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if not len(rows):
             raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
@@ -153,20 +176,39 @@ class Steps:
                 f"The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",
                 f"Set micro_batch_tokens to {longest} or more, or data.max_tokens to {micro_batch_tokens} or less.",
             )
+        if num_ranks > batch_rows:
+            raise UserError(
+                f"{num_ranks} ranks would share the {batch_rows} rows of a step (batch_rows).",
+                f"Take at most {batch_rows} ranks, or set batch_rows to {num_ranks} or more.",
+            )
         self.rows = rows
         self.batch_rows = batch_rows
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.sparing = sparing
+        self.rank, self.num_ranks = rank, num_ranks
         self.steps_per_epoch = math.ceil(len(rows) / batch_rows)
         self.num_steps = max(1, round(epochs * self.steps_per_epoch))
 
     def row_ids(self, step: int) -> list[int]:
         """Rows of the step with this number (from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        order = _order(self.seed, epoch, len(self.rows))
         return order[place * self.batch_rows : (place + 1) * self.batch_rows].tolist()
 
+    def own_row_ids(self, step: int) -> list[int]:
+        """The step's rows that this rank takes; all of them where it is alone."""
+        row_ids = self.row_ids(step)
+        if self.num_ranks == 1:
+            return row_ids
+        lengths = [int(self.rows.lengths[row_id]) for row_id in row_ids]
+        return [row_ids[place] for place in shares(lengths, self.num_ranks)[self.rank]]
+
+    def num_targets(self, step: int) -> int:
+        """Tokens the whole step learns from, whoever takes them: the loss's one denominator."""
+        return sum(int(np.count_nonzero(self.rows.row(row_id)[1][1:])) for row_id in self.row_ids(step))
+
     def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
-        """The step's rows, packed."""
-        return row_batches(self.rows, self.row_ids(step), self.micro_batch_tokens, device, self.sparing)
+        """The step's rows that this rank takes, packed; none where there are fewer rows than ranks."""
+        row_ids = self.own_row_ids(step)
+        return row_batches(self.rows, row_ids, self.micro_batch_tokens, device, self.sparing) if row_ids else []

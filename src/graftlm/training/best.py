@@ -27,6 +27,7 @@ from graftlm.training.checkpoint import (
     step_folder,
 )
 from graftlm.training.heldout import heldout_losses
+from graftlm.training.ranks import ALONE, Ranks
 
 READINGS_BY_DEFAULT = 5
 
@@ -35,8 +36,15 @@ class HeldoutWatch:
     """A stage's held-out readings. `is_over` turns true when `early_stop_after` of them in a row were not better."""
 
     def __init__(
-        self, stage: Stage, heldout: Mapping[str, TokenRows], num_steps: int, folder: Path, metrics: Metrics
+        self,
+        stage: Stage,
+        heldout: Mapping[str, TokenRows],
+        num_steps: int,
+        folder: Path,
+        metrics: Metrics,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.stage, self.heldout, self.num_steps, self.metrics = stage, heldout, num_steps, metrics
         self.folder = folder / "best"
         self.every = stage.heldout_every or math.ceil(num_steps / READINGS_BY_DEFAULT)
@@ -62,7 +70,9 @@ class HeldoutWatch:
         """
         readings = {}
         for language, rows in self.heldout.items():
-            losses = heldout_losses(model, rows, precision, self.stage.micro_batch_tokens, f"held-out {language}")
+            losses = heldout_losses(
+                model, rows, precision, self.stage.micro_batch_tokens, f"held-out {language}", self.ranks
+            )
             readings[language] = {
                 "bits_per_byte": losses.bits_per_byte,
                 "loss_per_answer_token": losses.loss_per_target,
@@ -76,7 +86,7 @@ class HeldoutWatch:
             self.readings_since_best += 1
             return judged["loss_per_answer_token"]
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
-        if self.stage.keep == "best" and (step > 0 or self._start_counts):
+        if self.ranks.is_first and self.stage.keep == "best" and (step > 0 or self._start_counts):
             save_checkpoint(step_folder(self.folder, step), Checkpoint({"weights": weights()}, {"step": step}))
             prune_checkpoints(self.folder, num_kept=1)
         return judged["loss_per_answer_token"]

@@ -109,6 +109,12 @@ def good_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for folder in whole_checkpoints(checkpoints) if read_json(folder / VALUES).get("is_good")]
 
 
+def newest_good_weights(checkpoints: Path) -> Checkpoint | None:
+    """The weights of the newest state to roll back to, and nothing else of it; None when there is none."""
+    good = good_checkpoints(checkpoints)
+    return Checkpoint({"weights": load_checkpoint(good[-1]).tensors["weights"]}, {}) if good else None
+
+
 def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoint | None:
     """The newest checkpoint that is whole and holds `groups`; None when there is none at all.
 

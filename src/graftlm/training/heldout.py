@@ -19,6 +19,7 @@ from graftlm.model.loss import target_losses
 from graftlm.run import progress
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import row_batches
+from graftlm.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,23 @@ class RowLosses:
 
 @torch.no_grad()
 def heldout_losses(
-    model: torch.nn.Module, rows: TokenRows, precision: Precision, budget_tokens: int, label: str = "held-out"
+    model: torch.nn.Module,
+    rows: TokenRows,
+    precision: Precision,
+    budget_tokens: int,
+    label: str = "held-out",
+    ranks: Ranks = ALONE,
 ) -> RowLosses:
-    """Losses of every row of `rows`. The model is put in evaluation mode and back."""
+    """Losses of every row of `rows`. The model is put in evaluation mode and back.
+
+    The micro-batches are those of one rank, shared out: every row's loss is the same bits for any number of ranks.
+    """
     was_training = model.training
     model.eval()
     nats = np.zeros(len(rows))
     num_targets = np.zeros(len(rows), dtype=np.int64)
     budget_tokens = max(budget_tokens, int(rows.lengths.max()))
-    batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)
+    batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)[ranks.rank :: ranks.count]
     for batch in progress(batches, len(batches), label):
         with precision.autocast():
             hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
@@ -60,4 +69,6 @@ def heldout_losses(
         np.add.at(nats, row_ids[places_N], losses_N.double().cpu().numpy())
         np.add.at(num_targets, row_ids[places_N], 1)
     model.train(was_training)
+    ranks.add_up(nats)
+    ranks.add_up(num_targets)
     return RowLosses(nats, num_targets, np.asarray(rows.target_bytes, dtype=np.int64))

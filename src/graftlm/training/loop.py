@@ -20,6 +20,7 @@ from graftlm.model.loss import linear_cross_entropy_sum
 from graftlm.model.rows import head_rows
 from graftlm.training.batches import Batch, Steps
 from graftlm.training.optim import set_learning_rates
+from graftlm.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,20 @@ def train(
     precision: Precision,
     max_grad_norm: float,
     on_step: Sequence[Callable[[StepRecord], None]],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Take the steps from `first_step` on. `lr_at(num_updates)` is a factor in 0..1 of each group's peak rate."""
+    """Take the steps from `first_step` on. `lr_at(num_updates)` is a factor in 0..1 of each group's peak rate.
+
+    With other `ranks`, each goes through its own micro-batches; from summed gradients on, all compute the same.
+    """
     model.train()
+    learning = [parameter for group in groups.values() for parameter in group]
     for step in range(first_step, steps.num_steps):
         started = time.perf_counter()
         micro_batches = steps.micro_batches(step, precision.device)
-        # One denominator for the whole step: the loss is the mean over its target tokens, however it was packed.
-        num_targets = sum(len(batch.targets_N) for batch in micro_batches)
+        # One denominator for the whole step: the loss is the mean over its target tokens, however they were packed and
+        # shared out.
+        num_targets = steps.num_targets(step)
         factor = precision.grad_factor(num_targets)
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
@@ -83,6 +90,10 @@ def train(
             loss = response_loss_sum(model, batch, precision, factor)
             (loss * factor).backward()
             loss_sum += loss.item()
+        num_tokens = sum(batch.num_tokens for batch in micro_batches)
+        if not ranks.is_alone:
+            loss_sum, num_tokens = ranks.total(loss_sum, num_tokens)
+            ranks.sum_gradients(learning)
         grad_norm, grad_norms = precision.unscale_and_clip(groups, max_grad_norm)
         set_learning_rates(optimizer, lr_at(num_updates))
         loss_scale = precision.loss_scale
@@ -97,11 +108,11 @@ def train(
             grad_norms=grad_norms,
             loss_scale=loss_scale,
             skipped=not was_updated,
-            num_rows=sum(len(batch.row_ids) for batch in micro_batches),
-            num_tokens=sum(batch.num_tokens for batch in micro_batches),
+            num_rows=len(steps.row_ids(step)),
+            num_tokens=int(num_tokens),
             num_targets=num_targets,
             seconds=time.perf_counter() - started,
-            row_ids=[row_id for batch in micro_batches for row_id in batch.row_ids],
+            row_ids=steps.row_ids(step),
         )
         for observe in on_step:
             observe(record)

@@ -60,9 +60,13 @@ def replay(
     batches = steps.micro_batches(skipped.step, precision.device)
     unscaled = replace(precision, scaler=None)
 
+    # As in the loop, over the whole step's targets, whoever takes its other rows.
+    num_targets = steps.num_targets(skipped.step)
+
     def take(precision: Precision, scale: float, some: Sequence[Batch] = batches, needs_backward: bool = True) -> _Seen:
         restore_random_states(dict(skipped.random))
-        return _pass(model, some, precision, scale, needs_backward)
+        own = num_targets if some is batches else sum(len(batch.targets_N) for batch in some)
+        return _pass(model, some, precision, scale / max(own, 1), needs_backward)
 
     at_one = take(unscaled, 1.0)
     as_scaled = at_one if skipped.loss_scale == 1.0 else take(unscaled, skipped.loss_scale)
@@ -70,7 +74,7 @@ def replay(
     if not at_one.is_forward_finite and precision.compute_dtype != torch.float32:
         in_fp32 = take(replace(unscaled, compute_dtype=torch.float32), 1.0, needs_backward=False)
     seen = Replayed(
-        num_targets=sum(len(batch.targets_N) for batch in batches),
+        num_targets=num_targets,
         bad_weight=first_bad_weight(model, first_new_id, name_of),
         is_forward_finite=at_one.is_forward_finite,
         is_forward_finite_in_fp32=in_fp32.is_forward_finite,
@@ -116,9 +120,8 @@ def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:
     )
 
 
-def _pass(model: Any, batches: Sequence[Batch], precision: Precision, scale: float, needs_backward: bool) -> _Seen:
+def _pass(model: Any, batches: Sequence[Batch], precision: Precision, factor: float, needs_backward: bool) -> _Seen:
     """Forward and backward over the micro-batches as the loop does it, stopping at the first that is not finite."""
-    factor = scale / max(sum(len(batch.targets_N) for batch in batches), 1)
     for number, batch in enumerate(batches):
         model.zero_grad(set_to_none=True)
         with watching(model) as probe, torch.set_grad_enabled(needs_backward):

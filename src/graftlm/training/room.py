@@ -63,10 +63,13 @@ def facts_of(rows: TokenRows, source: str) -> RowFacts:
 
 
 def memory_finding(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, num_sharing: int = 1
 ) -> Finding | None:
-    """What there is to tell of a prepared stage's memory: fatal where it surely does not fit, None where it does."""
-    there = memory_here_bytes(precision.device)
+    """What there is to tell of a prepared stage's memory: fatal where it surely does not fit, None where it does.
+
+    `num_sharing` processes of this machine train it together.
+    """
+    there = memory_here_bytes(precision.device, num_sharing)
     if there is None:
         return None
     device = replace(device_here(precision.device), memory_bytes=there)

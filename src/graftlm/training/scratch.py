@@ -17,10 +17,13 @@ from graftlm.recipe import Scratch
 from graftlm.text.lines import documents, read_lines
 from graftlm.text.rows import RowsBuilder, TokenRows, text_rows
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer, train_base_tokenizer
-from graftlm.training.stage import StageRun
+from graftlm.training.following import stage_for_all
+from graftlm.training.ranks import ALONE, Ranks
 
 
-def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.device) -> dict[str, Any]:
+def build_scratch_base(
+    scratch: Scratch, seed: int, folder: Path, device: torch.device, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Learn a tokenizer, pre-train a model, and save both in `folder`/model; continued when interrupted.
 
     Returns `num_pieces` and the facts of its training. Raises UserError, NumericalStop, DiskError, Interrupted.
@@ -42,7 +45,9 @@ def build_scratch_base(scratch: Scratch, seed: int, folder: Path, device: torch.
     )
     rows = _rows_of(scratch.text, tokenizer, scratch.row_tokens)
     heldout = {"old": _rows_of(scratch.heldout, tokenizer, scratch.row_tokens)} if scratch.heldout else {}
-    run = StageRun(model, scratch.training, rows, heldout, folder, device, first_new_id=None, name_of=tokenizer.name_of)
+    run = stage_for_all(
+        ranks, model, scratch.training, rows, heldout, folder, device, first_new_id=None, name_of=tokenizer.name_of
+    )
     run.run()
     facts = run.facts()
     save_causal(run.finished_model(), folder / "model", also=tokenizer.save)

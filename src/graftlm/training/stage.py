@@ -1,14 +1,12 @@
 """One stage around the loop: what learns, from which rows, saved and resumed how.
 
-Owns resuming, interruption and the stage's result. The loop knows none of it: everything hangs on `on_step`. A
-stage's result is one file of trained tensors; `apply_stage` puts it onto the model the stage began with.
+Owns resuming and what surrounds the steps. The loop knows none of it: everything hangs on `on_step`. A stage's result
+is one file of trained tensors, kept and put back by `trained.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,33 +21,31 @@ from graftlm.device import (
     seed_everything,
 )
 from graftlm.errors import Interrupted, NumericalStop, UserError
-from graftlm.health.autopsy import PREFLIGHT
 from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.look import Look
-from graftlm.health.preflight import preflight
 from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
-from graftlm.model.packed import attend_packed, attend_plain, refuse_longer_rows
+from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
-from graftlm.run import Metrics, json_values, read_metrics, say, write_json
+from graftlm.run import Metrics, read_metrics, say
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
 from graftlm.training.batches import NO_SPARING, Sparing, Steps
+from graftlm.training.before import BeforeFirstStep
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
-    good_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    newest_good_weights,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
 )
 from graftlm.training.evidence import keep_batch
-from graftlm.training.look import take_look
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import (
     cut_peak_rates,
@@ -59,11 +55,13 @@ from graftlm.training.optim import (
     restore_optimizer,
 )
 from graftlm.training.precision import make_precision
+from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
-from graftlm.training.room import memory_finding
 from graftlm.training.show import steps_shown
+from graftlm.training.stopping import StopAsked
+from graftlm.training.together import checkpoint_from_first, gravest
 from graftlm.training.trainable import (
     copy_weights,
     learning_roles,
@@ -71,26 +69,14 @@ from graftlm.training.trainable import (
     restore_model,
     trainable_parameters,
 )
+from graftlm.training.trained import TRAINED
 
-TRAINED = "trained"
 STATE_GROUPS = ("weights", "optimizer", "random")
 CHECKPOINTS_BY_DEFAULT = 10
 
 
 class _EarlyStop(Exception):
     """Held-out loss has not improved for long enough."""
-
-
-def apply_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
-    """Put the result of a finished stage onto the model it began with; returns a plain model in float32."""
-    return restore_model(attach_stage(model, stage, folder, first_new_id), stage.trains, first_new_id)
-
-
-def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
-    """The model as it stood at the end of a finished stage: adapters attached, not merged."""
-    model = prepare_model(model, stage.trains, first_new_id, stage.seed)
-    copy_weights(model, load_checkpoint(folder / TRAINED).tensors["weights"])
-    return model
 
 
 def _sparing(stage: Stage, model: Any) -> Sparing:
@@ -115,10 +101,12 @@ class StageRun:
         device: torch.device,
         first_new_id: int | None,
         name_of: NameOf = no_name,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.stage, self.folder, self.first_new_id, self.name_of = stage, folder, first_new_id, name_of
+        self.stage, self.folder, self.ranks = stage, folder, ranks
+        self.first_new_id, self.name_of = first_new_id, name_of
         self.checkpoints = folder / "checkpoints"
-        self.metrics = Metrics(folder / "metrics.jsonl")
+        self.metrics = Metrics(folder / "metrics.jsonl", ranks.is_first)
         seed_everything(stage.seed)
         self.precision = make_precision(stage, device)
         self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
@@ -137,15 +125,17 @@ class StageRun:
             epochs=stage.epochs,
             seed=stage.seed,
             sparing=_sparing(stage, self.model),
+            rank=ranks.rank,
+            num_ranks=ranks.count,
         )
         num_steps = self.steps.num_steps
-        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics)
-        self.recorder = Recorder(self.roles)
-        keep = functools.partial(keep_batch, folder, self.steps)
-        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, keep)
-        self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.step = self.num_updates = 0
-        self.is_stopping = False
+        self.ranks.draw_apart(self.stage.seed, self.step)
+        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, ranks)
+        self.recorder = Recorder(self.roles)
+        self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
+        self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
+        self.stop = StopAsked()
 
     def state(self) -> Checkpoint:
         """All that the next step depends on."""
@@ -168,7 +158,7 @@ class StageRun:
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there was one. Raises UserError."""
-        saved = load_newest_checkpoint(self.checkpoints, STATE_GROUPS)
+        saved = checkpoint_from_first(self.ranks, lambda: load_newest_checkpoint(self.checkpoints, STATE_GROUPS))
         if saved is None:
             self.metrics.cut_after(-1)
             return False
@@ -193,20 +183,21 @@ class StageRun:
         self.precision.skips_in_a_row = values["skips_in_a_row"]
         if self.precision.scaler and values["scaler"]:
             self.precision.scaler.restore(values["scaler"])
+        self.ranks.draw_apart(self.stage.seed, self.step)
         self.recorder.read()  # what moved here was no step
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
         forget_peak_memory(self.precision.device)
         if not self.resume():
-            self._look_before_the_first_step()
+            self._before().refuse(self.folder, self.metrics)
             self._read_heldout(0)
             if self.stage.recovery != "off":
                 self._save()  # the first state to go back to, or to put back for a moment to tell who is to blame
-        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.step < self.steps.num_steps:
-                self._train_or_roll_back()
+            with self.stop.heard():
+                while self.step < self.steps.num_steps:
+                    self._train_or_roll_back()
         except _EarlyStop:
             say(f"{self.stage.name}: held-out loss stopped improving; stopped after step {self.step}")
             self.metrics.append("note", step=self.step, text="stopped early: held-out loss no longer improves")
@@ -216,9 +207,6 @@ class StageRun:
                 f"Lower micro_batch_tokens (now {self.stage.micro_batch_tokens}) or set gradient_checkpointing: true; "
                 "neither starts the stage anew: it goes on from its last checkpoint.",
             ) from None
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self.num_updates == 0:
             text = (
                 f"{self.stage.name}: each of its {self.step} steps had gradients that are not finite; nothing was "
@@ -227,14 +215,17 @@ class StageRun:
             self.metrics.append("stopped", step=self.step, text=text)
             raise NumericalStop(text, "Lower loss_scale.initial or peak_lr, or use precision bf16 or fp32.")
         self._keep_result()
-        if self.is_stopping:
+        if self.stop.is_asked:
             raise Interrupted(f"{self.stage.name}: all {self.step} steps taken and saved; stopped before what follows")
 
     def look(self) -> tuple[Look, list[Finding]]:
         """The pre-flight of a stage not yet begun: what was seen, and the findings."""
-        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of)
-        return look, [*([tight] if tight else []), *preflight(look)]
+        return self._before().look()
+
+    def _before(self) -> BeforeFirstStep:
+        return BeforeFirstStep(
+            self.model, self.stage, self.steps, self.precision, self.first_new_id, self.name_of, self.ranks
+        )
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
@@ -243,22 +234,8 @@ class StageRun:
         attend_plain(model)
         return model
 
-    def _look_before_the_first_step(self) -> None:
-        """Raises NumericalStop on a fatal finding, UserError on one of memory, unless the stage wants no doctor."""
-        refuse_longer_rows(body_of(self.model), int(self.steps.rows.lengths.max(initial=0)))
-        tight = memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id)
-        if tight and tight.severity == "fatal" and self.stage.recovery != "off":  # before a pass that may end in a kill
-            raise UserError(f"{self.stage.name}, before the first step: {tight.evidence}", tight.cure)
-        look, findings = self.look()
-        told = {"findings": [asdict(f) for f in findings], "look": asdict(look)}
-        write_json(self.folder / PREFLIGHT, json_values(told))
-        for finding in findings:
-            if finding.severity == "fatal" and self.stage.recovery != "off":
-                text = f"{self.stage.name}, before the first step: {finding.evidence}"
-                self.metrics.append("stopped", step=0, text=text)
-                raise NumericalStop(text, finding.cure)
-            if finding.severity != "note":
-                say(f"{self.stage.name}, before the first step: {finding.evidence} {finding.cure}")
+    def _keep_batch(self, step: int) -> tuple[str, tuple[int, ...]]:
+        return keep_batch(self.folder, self.steps, step) if self.ranks.is_first else ("", ())
 
     def _train_or_roll_back(self) -> None:
         try:
@@ -270,19 +247,23 @@ class StageRun:
             self._roll_back(stop.problem)
 
     def _roll_back(self, why: str) -> None:
-        self._go_back_to(self.recovery.roll_back(why, self.step, self.checkpoints))
+        saved = checkpoint_from_first(self.ranks, lambda: self.recovery.roll_back(why, self.step, self.checkpoints))
+        assert saved is not None
+        self._go_back_to(saved)
+        self.recovery.restore(self.ranks.from_first(self.recovery.state))
         self._save()  # so that a run killed from here on goes on with the rate cut
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
         good = self._last_good()
-        return replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
+        own = replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
+        return gravest(self.ranks, own)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
-        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best)
+        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best, self.ranks)
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
-        good = good_checkpoints(self.checkpoints)
-        return load_checkpoint(good[-1]).tensors["weights"] if good else None
+        saved = checkpoint_from_first(self.ranks, lambda: newest_good_weights(self.checkpoints))
+        return None if saved is None else saved.tensors["weights"]
 
     def _train(self) -> None:
         num_steps = self.steps.num_steps
@@ -303,6 +284,7 @@ class StageRun:
                     self._count, self._record, show, self.recovery.see, self._watch_heldout, self._save_regularly,
                     self._stop_if_asked,
                 ],
+                ranks=self.ranks,
             )  # fmt: skip
 
     def finished_model(self) -> Any:
@@ -334,6 +316,7 @@ class StageRun:
             "num_learning_parameters": sum(p.numel() for p in trainable_parameters(self.model).values()),
             "precision": self.precision.name,
             "device": self.precision.device.type,
+            "num_ranks": self.ranks.count,
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -341,6 +324,7 @@ class StageRun:
 
     def _count(self, record: StepRecord) -> None:
         self.step, self.num_updates = record.step, record.num_updates
+        self.ranks.draw_apart(self.stage.seed, self.step)
 
     def _record(self, record: StepRecord) -> None:
         self.metrics.append("step", **asdict(record), **self.recorder.read())
@@ -361,23 +345,23 @@ class StageRun:
             self._save()
 
     def _save(self) -> None:
-        save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
-        prune_checkpoints(self.checkpoints)
-
-    def _ask_to_stop(self, number: int, _: Any) -> None:
-        if self.is_stopping:
-            raise KeyboardInterrupt
-        self.is_stopping = True
-        say(f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)")
+        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The weights")
+        if self.ranks.is_first:
+            save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
+            prune_checkpoints(self.checkpoints)
 
     def _stop_if_asked(self, record: StepRecord) -> None:
-        if not self.is_stopping:
+        if not self.ranks.any(self.stop.is_asked):
             return
+        self.stop.is_asked = True
         self._save()
         if record.step < self.steps.num_steps:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
     def _keep_result(self) -> None:
+        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The trained weights")
+        if not self.ranks.is_first:
+            return
         kept = self.watch.best()
         if kept is not None and kept.values["step"] == 0:
             say(f"{self.stage.name}: no held-out reading was better than before it; the weights it began with are kept")

@@ -1,0 +1,138 @@
+"""One command as several processes: started through torch's own launcher, each of them a rank of the run.
+
+Owns what `--gpus` starts, what a started process does by its rank, and how the end of them all becomes one exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from graftlm.errors import Interrupted, RankLost, UserError
+
+if TYPE_CHECKING:
+    from graftlm.pipeline import RunResult
+    from graftlm.recipe import Recipe
+    from graftlm.training.place import Place
+
+SHUTDOWN_SECONDS = "120"  # in which ranks asked to stop may finish their step and save
+
+
+def run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
+    """What one process does: rank 0 walks the road, the others train along and say nothing (None).
+
+    Raises UserError, NumericalStop, DiskError, Interrupted, RankLost on rank 0; the others leave with its exit code.
+    """
+    if place.count > 1:
+        _refuse_more_ranks_than_rows(place.count, recipe)
+    with contextlib.ExitStack() as silence:
+        if place.rank > 0:
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        return _run_as_rank(place, recipe, folder)
+
+
+def _run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
+    from graftlm.device import pick_device, use_all_cores
+    from graftlm.pipeline import run_recipe
+    from graftlm.training.following import follow
+    from graftlm.training.joining import joined
+
+    told = _without_places(recipe.model_dump(mode="json"))
+    device = pick_device(recipe.device)
+    ranks: Any = None
+    try:
+        with joined(place, told, device, recipe.ranks.timeout_seconds, recipe.ranks.join_seconds) as ranks:
+            if ranks.is_first:
+                return run_recipe(recipe, folder, ranks=ranks)
+            use_all_cores()
+            follow(ranks, device)
+    except (UserError, Interrupted) as error:
+        if place.rank == 0 or (ranks is not None and ranks.speaks):
+            raise
+        raise typer.Exit(error.exit_code if isinstance(error, UserError) else RankLost.exit_code) from None
+    return None
+
+
+def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str]) -> None:
+    """Start `graftlm run` with `arguments` in `num_ranks` processes of this machine and wait for their end.
+
+    Raises UserError before anything is started; typer.Exit with the code of the rank that failed first; RankLost where
+    one was killed.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as torchrun
+
+    from graftlm.device import num_cores, pick_device
+
+    if place.count > 1:
+        raise UserError(
+            f"This is rank {place.rank} of {place.count} already: --gpus would start {num_ranks} more for each.",
+            "Leave --gpus out under torchrun; its --nproc-per-node says how many.",
+        )
+    if pick_device(recipe.device).type == "cuda" and num_ranks > torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UserError(f"--gpus {num_ranks}: this machine has {there}.", f"Ask for at most {there}.")
+    _refuse_more_ranks_than_rows(num_ranks, recipe)
+    logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below
+    # torchrun would give every rank one thread; a machine's cores are shared out instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    with tempfile.TemporaryDirectory(prefix="graftlm-ranks-") as logs:
+        asked = ["--standalone", f"--nproc-per-node={num_ranks}", "--max-restarts=0", f"--log-dir={logs}"]
+        try:
+            torchrun(parse_args([*asked, "-m", "graftlm", "run", *arguments]))
+        except ChildFailedError as error:
+            _end(error, num_ranks)
+        except SignalException as error:
+            raise typer.Exit(RankLost.exit_code) from error
+
+
+def _end(error: Any, num_ranks: int) -> None:
+    """What the first failures mean for all. A rank that left by itself has told why; one that was killed could not."""
+    codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+    left = [code for code in codes.values() if code > 0]
+    if left:
+        # Of a rank that failed and one that lost it: the one that failed.
+        raise typer.Exit(next((code for code in left if code != RankLost.exit_code), left[0]))
+    rank, code = next(iter(codes.items()))
+    raise RankLost(
+        f"Rank {rank} of {num_ranks} was ended by {signal.Signals(-code).name}; the others have stopped.",
+        "Run the same command again: it goes on from the last checkpoint. SIGKILL is often the system's, for want of "
+        "memory: lower stages.NAME.micro_batch_tokens, or --gpus.",
+    )
+
+
+def _refuse_more_ranks_than_rows(num_ranks: int, recipe: Recipe) -> None:
+    """Raises UserError where a step of some stage has fewer rows than there are ranks to share them."""
+    scratch = recipe.base.scratch
+    stages = {f"stages.{stage.name}": stage for stage in recipe.stages}
+    if scratch is not None:
+        stages["base.scratch.training"] = scratch.training
+    few = {place: stage.batch_rows for place, stage in stages.items() if stage.batch_rows < num_ranks}
+    if few:
+        place, rows = min(few.items(), key=lambda item: item[1])
+        raise UserError(
+            f"{num_ranks} ranks would share {rows} rows a step ({place}.batch_rows).",
+            f"Take at most {rows} ranks, or set {place}.batch_rows={num_ranks} or more (another training).",
+        )
+
+
+def _without_places(value: Any) -> Any:
+    """A recipe's values with paths cut to their last name: where a machine keeps its files is its own matter."""
+    if isinstance(value, dict):
+        return {key: _without_places(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_places(one) for one in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

@@ -1,0 +1,36 @@
+"""A wish to stop, heard between steps: SIGINT and SIGTERM while a stage trains.
+
+Owns the handlers and nothing else: what is saved, and when, is the stage's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from graftlm.run import say
+
+
+class StopAsked:
+    """Whether somebody asked to stop. `is_asked` stays true; a second wish interrupts at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """While this holds, SIGINT and SIGTERM are wishes; what they did before is put back."""
+        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        say(f"{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)")
