@@ -1,6 +1,6 @@
 """Why did LoRA on an expanded base diverge? A grid of rates, each cell plain, with the neighbours' mistake, and mended.
 
-    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 40] [--seeds 3]
+    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 120] [--seeds 3]
 
 Every cell starts from the same grafted base and sees the same rows in fp16. On a CPU a product of fp16 matrices is made
 as a GPU's tensor cores make it, from fp16 numbers with sums in fp32, rounded to fp16 (`HalfProducts`; torch's own
@@ -188,7 +188,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
     untrained = results["untrained_loss"]
     image = axes.imshow(np.clip(losses, None, 1.3 * untrained), cmap="viridis_r", aspect="auto")
     for (place, column), told in np.ndenumerate(words):
-        colour = "white" if np.isfinite(losses[place, column]) else "grey" if told == "not run" else "black"
+        is_dark = losses[place, column] > untrained
+        colour = "white" if is_dark else "grey" if told == "not run" else "black"
         axes.text(column, place, told, ha="center", va="center", color=colour)
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(ORDERS) * len(ARMS)), [f"{order}, {arm}" for order in ORDERS for arm in ARMS])
@@ -203,8 +204,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=40)
-    arguments.add_argument("--heldout", type=int, default=100, help="held-out rows read")
+    arguments.add_argument("--steps", type=int, default=120)
+    arguments.add_argument("--heldout", type=int, default=60, help="held-out rows read")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates of the LoRA stage")
     arguments.add_argument("overrides", nargs="*", help="of the recipe, section.key=value")
