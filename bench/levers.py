@@ -63,8 +63,10 @@ def _sparing(sparing: Sparing) -> Adjust:
 
 def _adamw(is_foreach: bool) -> Adjust:
     def adjust(stage_run: StageRun) -> None:
-        kept = ("params", "lr", "peak_lr", "weight_decay", "betas", "eps")
-        groups = [{key: group[key] for key in kept if key in group} for group in stage_run.optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key not in ("foreach", "fused")}
+            for group in stage_run.optimizer.param_groups
+        ]
         stage_run.optimizer = torch.optim.AdamW(groups, foreach=is_foreach, fused=False)
 
     return adjust
