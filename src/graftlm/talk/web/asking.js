@@ -72,8 +72,7 @@ function modelsAsked() {
 function messagesFor(asked, turn, model) {
   const messages = asked.system.trim() && takesSystem(model) ? [{ role: "system", content: asked.system }] : [];
   for (const past of asked.turns.slice(fromOf(asked, model), asked.turns.indexOf(turn))) {
-    const said = past.answers.filter((answer) => answer.content);
-    const answer = said.find((one) => one.model === model) ?? said[0];
+    const answer = answerFor(past, model);
     if (!answer) continue; // a question that got no answer is no part of the talk
     messages.push({ role: "user", content: past.question }, { role: "assistant", content: answer.content });
   }

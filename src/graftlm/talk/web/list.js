@@ -6,6 +6,12 @@ const titleOf = (one) => one.title || one.turns[0]?.question.trim().replace(/\s+
 const hasText = (answer) => Boolean(answer.content.trim());
 const hasAnswers = (one) => one.turns.some((turn) => turn.answers.some(hasText));
 
+/** What `model` is told was answered: its own words, or where it has none those of another; nothing where nobody answered. */
+function answerFor(turn, model) {
+  const said = turn.answers.filter(hasText);
+  return said.find((answer) => answer.model === model) ?? said[0];
+}
+
 // `act`: what a press does, {open, deleted}; the one shown can be renamed, exported and deleted.
 function listPart(one, isShown, act) {
   const open = make("button", { type: "button", className: "open", dir: "auto", textContent: titleOf(one), title: titleOf(one) });
@@ -42,8 +48,9 @@ function rowsOf(one) {
   const names = [...new Set(one.turns.flatMap((turn) => turn.answers.filter(hasText).map((answer) => answer.model)))];
   return names.map((model) => {
     const messages = one.system.trim() ? [{ role: "system", content: one.system }] : [];
-    for (const turn of one.turns) {
-      const said = turn.answers.find((answer) => answer.model === model && hasText(answer));
+    const last = one.turns.findLastIndex((turn) => turn.answers.some((answer) => answer.model === model && hasText(answer)));
+    for (const turn of one.turns.slice(0, last + 1)) {
+      const said = answerFor(turn, model);
       if (said) messages.push({ role: "user", content: turn.question }, { role: "assistant", content: said.content });
     }
     return JSON.stringify({ title: titleOf(one), created: new Date(one.created).toISOString(), model, messages });

@@ -190,10 +190,10 @@ def test_a_system_message_is_offered_where_the_template_has_a_place_for_it(visit
 def test_two_models_answer_side_by_side(visit, speaker, prompts, send, tmp_path: Path) -> None:
     """Both get the question, each its own history; one can be asked anew, or alone.
 
-    An export holds what each said: a question it was not asked, or that got no answer, is none of its talk.
+    An export holds each one's talk as it was asked: up to its last answer, another's words where it had none.
     """
     left = speaker(["L1"], ["L2"], [AnswerFailed()], ["L3"], [threading.Event()], name="left")
-    right = speaker(["R1"], ["R2"], ["R3"], name="right")
+    right = speaker(["R1"], ["R2"], ["R3"], ["R4"], name="right")
     page = visit(left, right, viewport={"width": 1200, "height": 800})
     send(page, "hi")
     assert page.locator(".answer h3").all_inner_texts() == ["left", "right"]
@@ -212,14 +212,21 @@ def test_two_models_answer_side_by_side(visit, speaker, prompts, send, tmp_path:
     send(page, "fails")
     send(page, "alone")
     assert answers(page)[4:] == ["", "L3"]
+    page.get_by_label("Model").select_option("right")
+    send(page, "you")
+    assert "Assistant:L3\n" in prompts(right)[3]
     with page.expect_download() as download:
         page.get_by_role("button", name="Export as JSON").click()
     download.value.save_as(tmp_path / "said.jsonl")
     found, dropped = read_conversations(tmp_path / "said.jsonl")
     assert dropped.counts == {}
     said = [[message.content for message in one.messages] for one in found]
-    assert said == [["hi", "L1", "and?", "L2", "alone", "L3"], ["hi", "R1", "and?", "R3"]]
+    assert said == [
+        ["hi", "L1", "and?", "L2", "alone", "L3"],
+        ["hi", "R1", "and?", "R3", "alone", "L3", "you", "R4"],  # as it was asked: after the other's answer
+    ]
     page.locator("#new").click()
+    page.get_by_label("Model").select_option("left")
     send(page, "nothing", waits=False)
     page.get_by_role("button", name="Delete").wait_for()
     assert page.get_by_role("button", name="Export as JSON").count() == 0
