@@ -93,6 +93,17 @@ def test_answers_to_other_prompts_or_of_another_model_are_not_mixed(chatbot, pro
     assert out.read_bytes() == before
 
 
+def test_one_model_by_another_spelling_of_its_path_is_the_same(chatbot, prompts, tmp_path, monkeypatch) -> None:
+    (tmp_path / "bot").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(answer_file, "load_chatbot", lambda _: chatbot)
+    out = tmp_path / "out.jsonl"
+    generate_file("bot", prompts, out, SAMPLING)
+    before = out.read_bytes()
+    assert generate_file(tmp_path / "bot", prompts, out, SAMPLING)["rows"] == 0
+    assert out.read_bytes() == before
+
+
 def test_answers_of_other_settings_are_not_mixed(chatbot, prompts, tmp_path) -> None:
     """Before the model is read; a file that tells of no settings is not taken for one of these."""
     out = tmp_path / "out.jsonl"

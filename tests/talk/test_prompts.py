@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graftlm.errors import UserError
-from graftlm.talk.prompts import conversation_of, load_conversation, read_prompts
+from graftlm.talk.prompts import conversation_of, load_conversation, read_prompts, save_conversation
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,13 @@ def test_an_empty_or_foreign_file_is_no_conversation(tmp_path: Path) -> None:
     file.write_text("import json\n\nprint(1)\n")
     with pytest.raises(UserError, match="x:1 not JSON, and no other of its 2 rows is a conversation"):
         load_conversation(file)
+
+
+def test_a_place_that_holds_or_takes_no_conversation_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no file .*nope\.\nGive one that /save wrote"):
+        load_conversation(tmp_path / "nope")
+    said = conversation_of("hi")
+    with pytest.raises(UserError, match="There is no folder"):
+        save_conversation(said, tmp_path / "nope" / "a.json")
+    with pytest.raises(UserError, match=r"/proc takes no files\."):
+        save_conversation(said, Path("/proc/a.json"))

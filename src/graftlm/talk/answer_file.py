@@ -144,9 +144,16 @@ def _answered(target: Path, rows: dict[int, PromptRow], made_by: Mapping[str, An
     return lines
 
 
+def _is_same_model(one: Any, other: str) -> bool:
+    """Whether two paths or names are of one model, however a path is spelled."""
+    return one == other or (
+        isinstance(one, str) and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+    )
+
+
 def _difference(row: Mapping[str, Any], made_by: Mapping[str, Any]) -> str:
     """By what an answered row was made otherwise, in words; empty where by nothing."""
-    if row.get("model") != made_by["model"]:
+    if not _is_same_model(row.get("model"), made_by["model"]):
         return f"by {row.get('model')}, not by {made_by['model']}"
     had, wanted = row.get("settings"), made_by["settings"]
     if not isinstance(had, dict):

@@ -126,6 +126,8 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
         try:
             path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         except FileNotFoundError:
+            if path.parent.is_dir():  # such as /proc
+                raise UserError(f"{path.parent} takes no files.", "Choose a name in another folder.") from None
             raise no_folder(path.parent) from None
 
 
@@ -136,6 +138,8 @@ def no_folder(folder: Path) -> UserError:
 
 def load_conversation(path: Path, number: int | None = None) -> Conversation:
     """Conversation `number` (from 1) of a JSONL file; without a number the only one. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.", "Give one that /save wrote, or an export of the page.")
     rows = list(read_prompts(path))
     if not rows:
         raise UserError(f"{path} is empty.", "Choose a saved conversation.")
