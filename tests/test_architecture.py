@@ -106,3 +106,9 @@ def test_no_weights_are_kept() -> None:
     kept = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".model", ".parquet", ".whl")
     names = [name for name, _ in tracked_texts() if name.endswith(kept)]
     assert not names
+
+
+def test_no_two_tests_are_called_alike() -> None:
+    """pytest takes files of one name in folders that are no packages for one module."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert not [name for name in set(names) if names.count(name) > 1]
