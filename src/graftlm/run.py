@@ -183,7 +183,6 @@ class Metrics:
     JSON has no number that is not finite: one is written as "NaN", "Infinity" or "-Infinity", and `read_metrics` gives
     it back. A null would not tell them apart, nor from what was not measured.
 
-
     Of several processes that train together one `is_writer`; the others' lines would be the same.
     """
 

@@ -271,6 +271,15 @@ def test_a_pair_the_judge_will_not_take_is_left_unjudged_and_told(compared: Comp
     assert found.results["b"]["f"]["judged"]["not_judged"] == 5
 
 
+def test_pairs_whose_verdict_cannot_be_read_are_told(compared: Comparison, server: Any) -> None:
+    url, _ = server(lambda _: (200, {"choices": [{"message": {"content": "Both are fine, I think."}}]}))
+    judge, pairs = Judge(url, "m", pause_seconds=0), samples(("x", "y"), ("same", "same"))
+    found = replace(compared, samples=pairs, results={"a": {"f": {}}, "b": {"f": {}}}, notes=[])
+    judge_comparison(found, judge)
+    assert [note.split(" the judge")[0] for note in found.notes] == ["Of 1 of 2 pairs of b"]
+    assert found.results["b"]["f"]["judged"]["not_judged"] == 1
+
+
 @pytest.mark.parametrize(
     ("refuses_first", "told"), [(True, ["cannot be asked", "Set GRAFTLM"]), (False, ["stands in"])]
 )

@@ -208,7 +208,7 @@ def test_ranks_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 def test_half_an_environment_is_refused() -> None:
-    assert place_here({}) == Place(0, 1, 0, 1)
+    assert place_here({}) == place_here({"WORLD_SIZE": "1"}) == Place(0, 1, 0, 1)
     assert place_here(environment(1, 2, 29500)) == Place(1, 2, 1, 2)
     with pytest.raises(UserError, match="WORLD_SIZE is set and RANK, MASTER_ADDR is not"):
         place_here({"WORLD_SIZE": "2", "MASTER_PORT": "1"})

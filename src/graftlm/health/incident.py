@@ -60,8 +60,8 @@ class Incident:
     `bad_from_start` are roles cured only by a neutral start (an adapter's is nothing, new rows' the mean old row);
     `has_good` tells whether there was a last good state to try. `bad_rows` are ids of rows that are not finite by
     themselves, of `num_rows` tried; `loss` and `best` (nats) are of a loss that rose. `batch_rows` are ids of all rows
-    of the step, kept in `batch_file` of the stage's folder; of a note neither is. `rank` is
-    the process whose rows they are, where several train together.
+    of the step, kept in `batch_file` of the stage's folder; of a note neither is. `rank` is the process whose rows they
+    are, where several train together.
     """
 
     step: int

@@ -187,6 +187,11 @@ def judge_comparison(found: Comparison, judge: Judge) -> None:
 
 def _notes_on_judging(name: str, judged: Judged) -> list[str]:
     notes = []
+    if judged.num_unreadable:
+        notes.append(
+            f"Of {judged.num_unreadable:,} of {len(judged.verdicts):,} pairs of {name} the judge's last line was none "
+            "of 1, 2 and tie: they are not judged."
+        )
     if judged.num_refused:
         notes.append(
             f"The judge would not take {judged.num_refused:,} of {len(judged.verdicts):,} pairs of {name}, which are "

@@ -58,6 +58,7 @@ class Judged:
 
     `num_refused` counts the pairs the judge would not take (too long, say), `refusal` is what it said of the first.
     `problem` tells why it was given up, where it was; `is_key_refused` that nothing more can be asked of it.
+    `num_unreadable` counts the pairs of which an answer named no verdict.
     """
 
     verdicts: list[Verdict | None] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Judged:
     refusal: str = ""
     problem: str = ""
     is_key_refused: bool = False
+    num_unreadable: int = 0
 
 
 class _NoAnswer(Exception):
@@ -139,6 +141,7 @@ def judge_answers(judge: Judge, samples: Sequence[Mapping[str, Any]], name: str,
             verdict: Verdict | None = None
             try:
                 verdict = _verdict(judge, sample, sample["answers"][name], sample["answers"][against])
+                judged.num_unreadable += verdict is None
                 failures = 0
             except _Refusal as problem:
                 judged.num_refused += 1

@@ -44,8 +44,9 @@ def generate_file(
         raise UserError(f"{source} holds no rows.", f"Write one prompt a line: {FORMS}.")
     if not target.parent.is_dir():
         raise no_folder(target.parent)
+    made_by = {"model": name, "settings": asdict(sampling)}
     with disk_errors(target.parent):
-        done = _answered(target, {row.line: row for row in rows}, {"model": name, "settings": asdict(sampling)})
+        done = _answered(target, {row.line: row for row in rows}, made_by)
     asked = [row for row in rows if row.line not in done]
     readable = [row for row in asked if row.conversation is not None]
     bad = [f"{source}:{row.line} {row.problem}" for row in asked if row.conversation is None]
@@ -59,8 +60,7 @@ def generate_file(
         ):
             for row, answer in _answer_rows(chatbot, readable, sampling, bad, shown.reach):
                 if answer is not None:
-                    answered = _answer_row(row, answer) | {"model": name, "settings": asdict(sampling)}
-                    stream.write(json.dumps(answered, ensure_ascii=False) + "\n")
+                    stream.write(json.dumps(_answer_row(row, answer) | made_by, ensure_ascii=False) + "\n")
                     stream.flush()
                     tokens += answer.answer_tokens
                     num_answered += 1

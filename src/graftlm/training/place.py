@@ -25,8 +25,11 @@ class Place:
 
 
 def place_here(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place. Raises UserError where the environment says half of it, or nonsense."""
-    if "WORLD_SIZE" not in environment:
+    """This process's place. Raises UserError where the environment says half of it, or nonsense.
+
+    A world of one is no set of ranks, whoever set it.
+    """
+    if environment.get("WORLD_SIZE", "1") == "1":
         return Place()
     missing = [name for name in NEEDED if name not in environment]
     if missing:

@@ -110,7 +110,7 @@ class Ranks:
         told[begin : begin + len(own)] = own
         with self._answered():
             dist.all_reduce(told)  # each byte comes from one rank: the sum puts them side by side
-        return [json.loads(bytes(part.tolist())) for part in told.split(lengths)]
+        return [json.loads(part.numpy().tobytes()) for part in told.split(lengths)]
 
     def from_first(self, work: Callable[[], T]) -> T:
         """Rank 0 does `work`; its result (plain JSON) or the error it raised is every rank's. Raises RankLost too."""
@@ -136,7 +136,7 @@ class Ranks:
         if self.is_first:
             held[:] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         self.fill_from_first(held)
-        return bytes(held.tolist())
+        return held.numpy().tobytes()
 
     def tensors_from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Rank 0's tensors by name, on the CPU; the others give None. Raises RankLost."""

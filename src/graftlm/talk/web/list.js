@@ -6,7 +6,7 @@ const titleOf = (one) => one.title || one.turns[0]?.question.trim().replace(/\s+
 const hasText = (answer) => Boolean(answer.content.trim());
 const hasAnswers = (one) => one.turns.some((turn) => turn.answers.some(hasText));
 
-/** What `model` is told was answered: its own words, or where it has none those of another; nothing where nobody answered. */
+// What `model` is told was answered: its own words, or where it has none those of another; nothing where nobody answered.
 function answerFor(turn, model) {
   const said = turn.answers.filter(hasText);
   return said.find((answer) => answer.model === model) ?? said[0];
@@ -42,8 +42,8 @@ function renamePart(one, act) {
   return field;
 }
 
-// A row for each model that spoke, in the form `graftlm` itself reads (/load, data): one is JSON, more JSONL. A question
-// that the model was not asked, or gave no answer to, is no part of its talk.
+// A row for each model that spoke, in the form `graftlm` itself reads (/load, data): one is JSON, more JSONL. It is
+// the talk as that model was sent it, up to its last answer; a question that nobody answered is no part of it.
 function rowsOf(one) {
   const names = [...new Set(one.turns.flatMap((turn) => turn.answers.filter(hasText).map((answer) => answer.model)))];
   return names.map((model) => {

@@ -108,8 +108,8 @@ function endParts(answer, turn) {
 function problemText(problem) {
   if (!problem) return "";
   const isLeast = problem.kind === "context" && problem.details[3]; // a long text is refused before it is counted
-  const text = words(isLeast ? "problem_context_least" : `problem_${problem.kind}`, ...problem.details);
-  return problem.kind === "context" ? `${text} ${words("problem_context_fix")}` : text;
+  const kind = isLeast ? "context_least" : problem.kind, text = words(`problem_${kind}`, ...problem.details);
+  return problem.kind === "context" ? `${text} ${words(`problem_${kind}_fix`)}` : text;
 }
 
 function copyButton(text) {
