@@ -1,10 +1,11 @@
 """Why did LoRA on an expanded base diverge? A grid of rates, each cell plain, with the neighbours' mistake, and mended.
 
-    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 120] [--seeds 3]
+    python recipes/experiments/lora-on-base/run.py --out DIR [--steps 120] [--seeds 3] [--native]
 
 Every cell starts from the same grafted base and sees the same rows in fp16. On a CPU a product of fp16 matrices is made
 as a GPU's tensor cores make it, from fp16 numbers with sums in fp32, rounded to fp16 (`HalfProducts`; torch's own
-emulation gives the same and takes twenty times as long). Arms:
+emulation gives the same and takes twenty times as long); `--native` leaves them to a processor that has fp16 products
+of its own, sums in fp32 too. Arms:
 
 - `plain`: fp32 masters and DeepSpeed's loss scale; nothing looks, nothing is rolled back, the last weights are kept;
 - `no-master`: the same, with weights and optimizer in fp16 (`model.half()`), as trainers beside DeepSpeed do
@@ -21,6 +22,7 @@ interrupted grid goes on where it was. Nothing here is tuned on the cells: rates
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
@@ -88,20 +90,21 @@ def knobs(arm: str, seed: int) -> dict[str, Any]:
 
 
 def train(
-    model: Any, stage: Stage, rows: TokenRows, heldout: TokenRows, folder: Path, first_new_id: int, arm: str
-) -> Any:
+    model: Any, stage: Stage, rows: TokenRows, heldout: TokenRows, folder: Path, first_new_id: int, arm: str,
+    is_native: bool,
+) -> Any:  # fmt: skip
     """One stage; returns the model, or raises NumericalStop."""
     run = StageRun(model, stage, rows, {"new": heldout}, folder, FP32.device, first_new_id)
     if arm == "no-master":
         run.model.half()
         run.recorder = Recorder(run.roles)
-    with HalfProducts():
+    with contextlib.nullcontext() if is_native else HalfProducts():
         run.run()
     return run.finished_model().float()
 
 
 def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, recipe_stage: Stage, key: tuple, out: Path,
-         num_steps: int) -> dict[str, Any]:  # fmt: skip
+         num_steps: int, is_native: bool) -> dict[str, Any]:  # fmt: skip
     """Train one cell; what came of it."""
     order, arm, rate, seed, change = key
     began = time.perf_counter()
@@ -126,7 +129,7 @@ def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, rec
             place = folder / stage.name
             place.mkdir(parents=True)
             part = cut(rows, share)
-            model = train(model, stage, part, heldout, place, first_new_id, arm)
+            model = train(model, stage, part, heldout, place, first_new_id, arm, is_native)
         losses = heldout_losses(model, heldout, FP32, 8192)
         found |= {"ending": "finished", "loss": losses.loss_per_target, "bits_per_byte": losses.bits_per_byte}
     except NumericalStop as stop:
@@ -207,6 +210,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=120)
     arguments.add_argument("--heldout", type=int, default=60, help="held-out rows read")
     arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--native", action="store_true", help="fp16 products as the processor has them")
     arguments.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates of the LoRA stage")
     arguments.add_argument("overrides", nargs="*", help="of the recipe, section.key=value")
     given = arguments.parse_args()
@@ -224,7 +228,8 @@ def main() -> None:
     for key in grid(given.seeds, given.rates):
         if key in done:
             continue
-        found = cell(prepared / "2-base", rows, heldout, first_new_id, recipe.stages[0], key, given.out, given.steps)
+        found = cell(prepared / "2-base", rows, heldout, first_new_id, recipe.stages[0], key, given.out, given.steps,
+                     given.native)  # fmt: skip
         print(json.dumps(found), flush=True)
         results["cells"].append(found)
         write_json(file, results)
