@@ -160,7 +160,9 @@ def run(case: Case, given: TokenRows, heldout: TokenRows) -> None:
         )  # fmt: skip
         held = {"new": heldout} if case.keep == "best" else {}
         new_id = NUM_OLD if case.new_rows else None
-        StageRun(model, stage_of(case), given, held, Path(folder), torch.device("cpu"), new_id).run()
+        StageRun(
+            model, stage_of(case), given, held, Path(folder), torch.device("cpu"), new_id, saves_beside=False
+        ).run()
 
 
 def measure(case: Case) -> dict[str, Any]:

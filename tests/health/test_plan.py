@@ -121,7 +121,7 @@ def test_a_stages_peak_is_within_a_tenth_of_the_estimate(
         small_model(2, tied),
     )
     shape = shape_of(model.config.to_dict(), "the model")
-    run = StageRun(model, stage, rows, {}, tmp_path, torch.device("cpu"), FIRST_NEW)
+    run = StageRun(model, stage, rows, {}, tmp_path, torch.device("cpu"), FIRST_NEW, saves_beside=False)
     before = sum(p.nbytes for p in run.model.parameters())
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

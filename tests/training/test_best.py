@@ -12,6 +12,7 @@ from graftlm.run import Metrics, read_metrics
 from graftlm.training import best as best_module
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.heldout import RowLosses
+from graftlm.training.saving import Saver
 
 PRECISION = Precision(torch.float32, torch.device("cpu"))
 
@@ -28,7 +29,8 @@ def watch_over(
     monkeypatch.setattr(best_module, "heldout_losses", read)
     stage = make_stage({"kind": "full"}, **{"keep": "best", "heldout_every": None, **knobs})
     heldout = {language: make_rows(2) for language in readings[0]} if readings else {}
-    return HeldoutWatch(stage, heldout, num_steps, folder, Metrics(folder / "metrics.jsonl"))
+    metrics = Metrics(folder / "metrics.jsonl")
+    return HeldoutWatch(stage, heldout, num_steps, folder, metrics, Saver(metrics, in_background=False))
 
 
 def read_all(watch: HeldoutWatch, steps: range | list[int]) -> None:
@@ -54,7 +56,7 @@ def test_the_best_in_the_new_language_is_kept_and_only_it(tmp_path, monkeypatch)
     assert best.values == {"step": 4}
     assert best.tensors["weights"]["w"].item() == 4.0
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["step-00000004"]
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["event"] == "heldout"]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert [line["new"]["bits_per_byte"] for line in lines] == pytest.approx([9, 5, 4, 4])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from graftlm.model.causal import new_causal
 from graftlm.recipe import Stage
+from graftlm.run import read_metrics
 from graftlm.text.rows import TokenRows
 
 NUM_ROWS, FIRST_NEW_ID, EOS = 48, 40, 2
@@ -56,6 +58,12 @@ def weights_sha256(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def course_of(folder: Path) -> list[dict[str, Any]]:
+    """A stage's metrics but for what is its process's: times, and which saves there were."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["event"] != "saved"]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def spoken_rows(count: int = 60, rare: int | None = None, rare_row: int = -1) -> TokenRows:

@@ -198,7 +198,8 @@ def _told(found: dict[str, Any], recipe: Path) -> Iterator[str]:
         changed = ", with the changes below" if found["changes"] else ""
         yield f"  training      {duration(found['hours'] * 3600)}{changed} (computed, not timed: see what is assumed)"
     disk = found["disk_gib"]
-    yield f"  disk          {disk['at most']:.1f} GiB at most; finished model {disk['finished model']:.1f} GiB"
+    kept = f"a checkpoint {disk['a checkpoint']:.1f} GiB, finished model {disk['finished model']:.1f} GiB"
+    yield f"  disk          {disk['at most']:.1f} GiB at most; {kept}"
     if found["host_gib"] is not None:
         yield f"  host memory   {found['host_gib']:.1f} GiB to load the model and to save checkpoints"
     for stage in found["stages"]:

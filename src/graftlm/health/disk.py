@@ -28,6 +28,7 @@ def disk_gib(plans: Sequence[StagePlan], export_dtype: str, base_bytes_per_weigh
     items = {
         "base with new rows": grown,
         "results of the stages": sum(results),
+        "a checkpoint": max(plan.size.checkpoint_bytes for plan in plans),
         "checkpoints while a stage runs": max(passing),
         "finished model": finished,
         "at most": max(most, grown + sum(results) + finished),

@@ -172,7 +172,17 @@ def _stage_facts(stage: StageRecord) -> list[tuple[str, Any]]:
         ("tokens per second", round(sum(step["num_tokens"] for step in steps) / max(seconds, 1e-9))),
         ("first and last loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"),
         ("peak memory", f"{peak_bytes / 2**30:.2f} GiB" if peak_bytes else "not measured"),
+        ("saving", _saving(stage.done)),
     ]  # fmt: skip
+
+
+def _saving(done: dict[str, Any]) -> str:
+    if not done.get("num_saves"):
+        return "not measured"
+    return (
+        f"{done['num_saves']} times, at most {done['largest_save_bytes'] / 1e6:,.1f} MB; "
+        f"training waited {done['waited_for_saves_seconds']:.2g} s for {done['written_saves_seconds']:.2g} s of writing"
+    )
 
 
 def health_chapter(run: RunRecord) -> str:

@@ -18,16 +18,10 @@ from graftlm.device import Precision
 from graftlm.recipe import Stage
 from graftlm.run import Metrics
 from graftlm.text.rows import TokenRows
-from graftlm.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    step_folder,
-)
+from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, step_folder
 from graftlm.training.heldout import heldout_losses
 from graftlm.training.ranks import ALONE, Ranks
+from graftlm.training.saving import Saver
 
 READINGS_BY_DEFAULT = 5
 
@@ -42,9 +36,10 @@ class HeldoutWatch:
         num_steps: int,
         folder: Path,
         metrics: Metrics,
+        saver: Saver,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.ranks = ranks
+        self.saver, self.ranks = saver, ranks
         self.stage, self.heldout, self.num_steps, self.metrics = stage, heldout, num_steps, metrics
         self.folder = folder / "best"
         self.every = stage.heldout_every or math.ceil(num_steps / READINGS_BY_DEFAULT)
@@ -87,8 +82,8 @@ class HeldoutWatch:
             return judged["loss_per_answer_token"]
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
         if self.ranks.is_first and self.stage.keep == "best" and (step > 0 or self._start_counts):
-            save_checkpoint(step_folder(self.folder, step), Checkpoint({"weights": weights()}, {"step": step}))
-            prune_checkpoints(self.folder, num_kept=1)
+            best = Checkpoint({"weights": weights()}, {"step": step})
+            self.saver.save(step_folder(self.folder, step), best, num_kept=1)
         return judged["loss_per_answer_token"]
 
     @property

@@ -24,6 +24,7 @@ from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
 
 MANIFEST, VALUES = "manifest.json", "values.json"
+BEFORE = ".before"  # ends the name of one whose place another is about to take
 KEPT = 2
 
 
@@ -34,11 +35,16 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     values: dict[str, Any]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.nbytes for group in self.tensors.values() for tensor in group.values())
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` as `folder`, replacing an older one of that name. Raises DiskError; the old one stays."""
-    needed = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    needed = checkpoint.num_bytes
+    temporary, before = folder.with_name(f".{folder.name}.{os.getpid()}"), folder.with_name(f".{folder.name}{BEFORE}")
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for stale in folder.parent.glob(".*.*"):
@@ -55,16 +61,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(before)  # and not removed: it may be the only whole one
         temporary.rename(folder)
         _flush(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _write(temporary: Path, checkpoint: Checkpoint) -> None:
     temporary.mkdir()
     for name, group in checkpoint.tensors.items():
         with system_errors():
-            save_file({key: tensor.contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {key: tensor.cpu().contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors"
+            )
     (temporary / VALUES).write_text(json.dumps(checkpoint.values), encoding="utf-8")
     manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -121,6 +130,7 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
     Damaged ones are told of and, once an older one has taken their place, deleted. Raises UserError when every
     one is damaged: starting anew in silence would throw the work away.
     """
+    _put_back_replaced(checkpoints)
     damaged: list[Path] = []
     problem: UserError | None = None
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
@@ -143,6 +153,14 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
         f"{problem.problem} No earlier checkpoint is whole.",
         f"Put the damaged file back, or delete {checkpoints.parent} to train this stage anew.",
     )
+
+
+def _put_back_replaced(checkpoints: Path) -> None:
+    """Where a kill came between a checkpoint's removal and the next one taking its place, it is still good."""
+    for before in checkpoints.glob(f".*{BEFORE}"):
+        place = before.with_name(before.name.removeprefix(".").removesuffix(BEFORE))
+        if not place.exists():
+            before.rename(place)
 
 
 def prune_checkpoints(checkpoints: Path, num_kept: int = KEPT) -> None:

@@ -66,10 +66,13 @@ def learning_rate_shape(stage: Stage, num_steps: int) -> Callable[[int], float]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, torch.Tensor]:
-    """The optimizer's state for a checkpoint: `NAME|KEY` to its tensor, for the named `parameters` it holds."""
+    """The optimizer's state for a checkpoint: `NAME|KEY` to its tensor, for the named `parameters` it holds.
+
+    They are the optimizer's own tensors, where they lie: a step changes them.
+    """
     names = {id(parameter): name for name, parameter in parameters.items()}
     return {
-        f"{names[id(parameter)]}|{key}": value.detach().cpu()
+        f"{names[id(parameter)]}|{key}": value.detach()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }

@@ -1,6 +1,7 @@
 """Whether a stage fits into the memory there is, told before its first step: a pass too large may end the process.
 
-Owns a stage in the words of a plan, and that verdict. The sums are made in `health/memory.py`.
+Owns a stage in the words of a plan, that verdict, and whether a checkpoint may be copied too. The sums are made in
+`health/memory.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.device import Precision, memory_here_bytes
+from graftlm.device import Precision, available_memory_bytes, memory_here_bytes
 from graftlm.health.activations import Learns
 from graftlm.health.devices import device_here
 from graftlm.health.finding import Finding
-from graftlm.health.memory import GIB, peak
+from graftlm.health.memory import GIB, StageSize, peak
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, measured_rows
 from graftlm.model.causal import plain_model
@@ -73,10 +74,7 @@ def memory_finding(
     if there is None:
         return None
     device = replace(device_here(precision.device), memory_bytes=there)
-    shape = shape_of(plain_model(model).config.to_dict(), stage.name)
-    num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
-    wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
-    size = size_of(wish, precision.name, device.is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
+    wish, size = _prepared(model, stage, steps, precision, first_new_id)
     worst = peak(size)
     needed = with_overhead(worst, device)
     if needed <= device.memory_bytes:
@@ -89,3 +87,31 @@ def memory_finding(
         if changes
         else "Nothing smaller fits either: graftlm plan RECIPE tells where it would, and what would fit here.",
     )  # fmt: skip
+
+
+def holds_copy(
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, num_sharing: int = 1
+) -> bool:
+    """Whether a checkpoint's tensors fit into the host's memory a second time, beside a prepared stage at its peak.
+
+    No where the system does not say how much there is.
+    """
+    _, size = _prepared(model, stage, steps, precision, first_new_id)
+    if precision.device.type == "cuda":
+        free = available_memory_bytes()
+        return free is not None and free > SURE * size.checkpoint_bytes
+    there = memory_here_bytes(precision.device, num_sharing)
+    needed = with_overhead(peak(size), device_here(precision.device)) + size.checkpoint_bytes
+    return there is not None and there > SURE * needed
+
+
+def _prepared(
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None
+) -> tuple[StageWish, StageSize]:
+    """A prepared stage as a plan has it."""
+    shape = shape_of(plain_model(model).config.to_dict(), stage.name)
+    num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
+    wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
+    is_cpu = precision.device.type == "cpu"
+    size = size_of(wish, precision.name, is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
+    return wish, size

@@ -41,7 +41,6 @@ from graftlm.training.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
     newest_good_weights,
-    prune_checkpoints,
     save_checkpoint,
     step_folder,
 )
@@ -59,6 +58,8 @@ from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
+from graftlm.training.room import holds_copy
+from graftlm.training.saving import Saver, facts_of_saves
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
 from graftlm.training.together import checkpoint_from_first, gravest
@@ -89,7 +90,10 @@ def _sparing(stage: Stage, model: Any) -> Sparing:
 
 
 class StageRun:
-    """A stage in progress: the state that must survive an interruption, and the observers that keep it safe."""
+    """A stage in progress: the state that must survive an interruption, and the observers that keep it safe.
+
+    `saves_beside`: checkpoints are written while training goes on, where memory allows; the same bytes either way.
+    """
 
     def __init__(
         self,
@@ -102,6 +106,7 @@ class StageRun:
         first_new_id: int | None,
         name_of: NameOf = no_name,
         ranks: Ranks = ALONE,
+        saves_beside: bool = True,
     ) -> None:
         self.stage, self.folder, self.ranks = stage, folder, ranks
         self.first_new_id, self.name_of = first_new_id, name_of
@@ -131,7 +136,9 @@ class StageRun:
         num_steps = self.steps.num_steps
         self.step = self.num_updates = 0
         self.ranks.draw_apart(self.stage.seed, self.step)
-        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, ranks)
+        prepared = (self.model, stage, self.steps, self.precision, first_new_id)
+        self.saver = Saver(self.metrics, saves_beside and holds_copy(*prepared, ranks.local_count))
+        self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, self.saver, ranks)
         self.recorder = Recorder(self.roles)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
@@ -188,6 +195,12 @@ class StageRun:
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
+        with self.saver.settled():
+            self._run()
+
+    def _run(self) -> None:
+        if not self.saver.in_background:
+            say(f"{self.stage.name}: a step waits while a checkpoint is written: memory holds no copy of it")
         forget_peak_memory(self.precision.device)
         if not self.resume():
             self._before().refuse(self.folder, self.metrics)
@@ -247,6 +260,7 @@ class StageRun:
             self._roll_back(stop.problem)
 
     def _roll_back(self, why: str) -> None:
+        self.saver.wait()
         saved = checkpoint_from_first(self.ranks, lambda: self.recovery.roll_back(why, self.step, self.checkpoints))
         assert saved is not None
         self._go_back_to(saved)
@@ -262,6 +276,7 @@ class StageRun:
         return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best, self.ranks)
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
+        self.saver.wait()
         saved = checkpoint_from_first(self.ranks, lambda: newest_good_weights(self.checkpoints))
         return None if saved is None else saved.tensors["weights"]
 
@@ -302,7 +317,8 @@ class StageRun:
 
     def facts(self) -> dict[str, Any]:
         """What the finished stage took: steps, tokens, seconds in steps (of every process that took part), memory."""
-        steps = [line for line in read_metrics(self.metrics.path) if line["event"] == "step"]
+        lines = read_metrics(self.metrics.path)
+        steps = [line for line in lines if line["event"] == "step"]
         num_tokens, seconds = (sum(line[key] for line in steps) for key in ("num_tokens", "seconds"))
         return {
             "num_steps": self.step,
@@ -317,10 +333,11 @@ class StageRun:
             "precision": self.precision.name,
             "device": self.precision.device.type,
             "num_ranks": self.ranks.count,
+            **facts_of_saves(lines),
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu() for name, p in trainable_parameters(self.model).items()}
+        return {name: p.detach() for name, p in trainable_parameters(self.model).items()}
 
     def _count(self, record: StepRecord) -> None:
         self.step, self.num_updates = record.step, record.num_updates
@@ -341,20 +358,22 @@ class StageRun:
             self.recovery.see_heldout(step, loss)
 
     def _save_regularly(self, record: StepRecord) -> None:
+        self.saver.look()
         if record.step % self.checkpoint_every == 0:
             self._save()
 
     def _save(self) -> None:
         self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The weights")
         if self.ranks.is_first:
-            save_checkpoint(step_folder(self.checkpoints, self.step), self.state())
-            prune_checkpoints(self.checkpoints)
+            self.saver.save(step_folder(self.checkpoints, self.step), self.state())
 
     def _stop_if_asked(self, record: StepRecord) -> None:
         if not self.ranks.any(self.stop.is_asked):
             return
         self.stop.is_asked = True
-        self._save()
+        if record.step % self.checkpoint_every != 0:
+            self._save()
+        self.saver.wait()
         if record.step < self.steps.num_steps:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
@@ -362,6 +381,7 @@ class StageRun:
         self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The trained weights")
         if not self.ranks.is_first:
             return
+        self.saver.wait()
         kept = self.watch.best()
         if kept is not None and kept.values["step"] == 0:
             say(f"{self.stage.name}: no held-out reading was better than before it; the weights it began with are kept")
