@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Two workers of one thread each: threads that fight for the same cores make every test many times slower.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help setup demo test slow lint keys bench-cpu clean
+.PHONY: help setup demo test slow soak lint keys bench-cpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   set up, then from nothing to a talking model"
 	@echo "make test   set up, then the tests"
 	@echo "make slow   the long tests: more fuzzing, real input"
+	@echo "make soak   a hundred kills, and two machines of network namespaces cut apart (root)"
 	@echo "make lint   ruff, import contract, pyright"
 	@echo "make keys   write the tables of recipe keys into the guides"
 	@echo "make bench-cpu   our trainer against TRL and LLaMA-Factory (BENCH=\"--quick\" passes words on)"
@@ -33,10 +34,13 @@ demo: $(STAMP)
 	$(BIN)/graftlm run recipes/demo.yaml --out runs/demo
 
 test: $(STAMP)
-	$(TEST) -m 'not slow'
+	$(TEST) -m 'not slow and not soak'
 
 slow: $(STAMP)
 	$(TEST) -m slow
+
+soak: $(STAMP)
+	$(TEST) -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Work in a process of its own that may be killed: forked from one that has loaded the libraries already.
 
-The kill stands at an exact place: before the n-th change the process makes on disk.
+The kill stands at an exact place: before the n-th change the process makes on disk, or before the n-th file that a
+thread opens there. It may also come from outside, at any moment.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,26 @@ _server.set_forkserver_preload(["graftlm.pipeline", "graftlm.cli.app"])
 
 
 def in_child(
-    work: Callable[..., Any], *given: Any, kill_at: int | None = None, log: Path | None = None
+    work: Callable[..., Any],
+    *given: Any,
+    kill_at: int | None = None,
+    kill_after: float | None = None,
+    in_threads: str = "",
+    log: Path | None = None,
 ) -> tuple[int, int]:
     """Run `work(*given)` in a child; returns its exit code (-9: killed) and how many changes it made on disk.
 
-    `kill_at` kills it, as kill -9 does, before that change; `log` takes what it writes to stderr.
+    `kill_at` kills it, as kill -9 does, before that change, and `kill_after` after so many seconds; with `in_threads`
+    only what threads of names that begin so do there is counted, files opened to be read or flushed too. `log` takes
+    what it writes to stderr.
     """
     changes = _server.Value("i", 0)
-    child = _server.Process(target=_work, args=(work, given, kill_at, changes, log))
+    child = _server.Process(target=_work, args=(work, given, kill_at, changes, in_threads, log))
     child.start()
-    child.join()
+    child.join(kill_after)
+    if child.is_alive():
+        child.kill()
+        child.join()
     assert child.exitcode is not None
     return child.exitcode, changes.value
 
@@ -41,7 +53,9 @@ def in_background(work: Callable[..., Any], *given: Any) -> Any:
     return child
 
 
-def _work(work: Callable[..., Any], given: Any, kill_at: int | None, changes: Any, log: Path | None) -> None:
+def _work(
+    work: Callable[..., Any], given: Any, kill_at: int | None, changes: Any, in_threads: str, log: Path | None
+) -> None:
     import torch
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -50,7 +64,9 @@ def _work(work: Callable[..., Any], given: Any, kill_at: int | None, changes: An
         sys.stderr = log.open("a", encoding="utf-8")
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in CHANGES or (event == "open" and arguments[1] in ("w", "a", "wb", "a+")):
+        if not threading.current_thread().name.startswith(in_threads):
+            return
+        if event in CHANGES or (event == "open" and (in_threads or arguments[1] in ("w", "a", "wb", "a+"))):
             changes.value += 1
             if changes.value == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
