@@ -23,7 +23,8 @@ import torch
 
 from graftlm.device import machine_name
 from graftlm.text.dialogue import Rendered
-from graftlm.text.rows import RowsBuilder, TokenRows, save_rows
+from graftlm.text.rows import RowsBuilder, TokenRows
+from graftlm.text.rows_file import save_rows
 
 NUM_PIECES = 49_954
 SAMPLES = 2_000  # different rows, taken in turn

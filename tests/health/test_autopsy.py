@@ -28,7 +28,8 @@ from graftlm.health.logs import own_and_abandoned
 from graftlm.health.rates import RateCuts
 from graftlm.recipe_file import load_recipe
 from graftlm.text.dialogue import Rendered
-from graftlm.text.rows import RowsBuilder, save_rows
+from graftlm.text.rows import RowsBuilder
+from graftlm.text.rows_file import save_rows
 from graftlm.text.tokenizer import train_base_tokenizer
 
 PUBLISHED = Path(__file__).parents[2] / ".." / "shared" / "reference" / "published-runs"

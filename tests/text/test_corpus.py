@@ -2,15 +2,18 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from row_files import alpaca, write_rows
 
 from graftlm.errors import DiskError, UserError
 from graftlm.recipe import Data
 from graftlm.text.corpus import DataReport, prepare_data, read_conversations
+from graftlm.text.counting import quantile
 from graftlm.text.rows import TokenRows
 from graftlm.text.templates import CARD, Template
 from graftlm.text.tokenizer import Tokenizer
@@ -153,6 +156,35 @@ def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path, llama_tokenizer: T
     assert meta(tmp_path / "one") == meta(tmp_path / "two")
 
 
+def test_shards_are_one_source_and_many_chunks_are_as_one(
+    tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows in one file and in shards of a folder: the same ids, whatever fits in a chunk."""
+    rows = [*numbered(90), *numbered(7), *numbered(30, "other")]
+    (tmp_path / "shards").mkdir()
+    for begin in range(0, len(rows), 20):
+        write_rows(tmp_path / "shards" / f"{begin:03}.jsonl", rows[begin : begin + 20])
+    found = []
+    for path, chunk in ((write_rows(tmp_path / "whole.jsonl", rows), 8192), (str(tmp_path / "shards"), 16)):
+        for module in ("corpus", "shelf", "duplicates", "near"):
+            monkeypatch.setattr(f"graftlm.text.{module}.CHUNK", chunk)
+        report = prepare(tmp_path, llama_tokenizer, sources=({"path": path},), heldout_rows=5, near_duplicates=0.95)
+        check_account(report)
+        digests = json.loads((tmp_path / "out" / "train" / "meta.json").read_text())["sha256"]
+        found.append((digests["ids.npy"], digests["offsets.npy"], report.dropped, report.length_quantiles))
+    assert found[0] == found[1]
+    assert found[0][2]["exact duplicate"] == 7
+
+
+def test_quantiles_of_counts_are_those_of_the_numbers() -> None:
+    dice = random.Random(0)
+    for size in (1, 2, 7, 200):
+        numbers = [dice.randrange(40) for _ in range(size)]
+        counted = Counter(numbers)
+        for share in (0.0, 0.5, 0.9, 0.99, 1.0):
+            assert quantile(counted, share) == int(np.quantile(numbers, share) + 1e-9)
+
+
 def test_text_rows_of_documents_and_dialogues(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
     (tmp_path / "plain.txt").write_text("one document\nof two lines\n\nanother\n", encoding="utf-8")
     text = (
@@ -191,9 +223,12 @@ def test_a_full_disk_is_told(tmp_path: Path, llama_tokenizer: Tokenizer, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graftlm.text.rows.np.save", fail)
-    with pytest.raises(DiskError, match="No space left"):
-        prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=numbered(1, "h"))
+    for place in ("rows_file._write_header", "shelf.np.concatenate", "piles.np.argsort"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"graftlm.text.{place}", fail)
+            with pytest.raises(DiskError, match="No space left"):
+                prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=numbered(1, "h"))
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow

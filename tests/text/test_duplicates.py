@@ -1,19 +1,19 @@
-"""Duplicates: exact, near, and rows that give away what is held out."""
+"""Duplicates: exact, near, and rows that give away what is held out; on disk as in memory."""
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
+from near_reference import near_fates
 
+from graftlm.text import duplicates, near, shelf
 from graftlm.text.dialogue import Conversation, Message
-from graftlm.text.duplicates import (
-    MISSED_SHARE,
-    NUM_PERMUTATIONS,
-    drop_exact_duplicates,
-    drop_heldout,
-    drop_near_duplicates,
-    rows_per_band,
-    shingles,
-)
+from graftlm.text.duplicates import Marks, asked_in, gives_away
+from graftlm.text.near import MISSED_SHARE, NUM_PERMUTATIONS, drop_near_duplicates, rows_per_band, shingles
+from graftlm.text.piles import Piles
+from graftlm.text.shelf import Fate, shelf_in
 from graftlm.text.tally import Tally
 
 
@@ -28,7 +28,36 @@ def similarity(one: Conversation, other: Conversation) -> float:
     return len(mine & theirs) / len(mine | theirs)
 
 
-def test_exact_duplicates_go_and_near_misses_stay() -> None:
+def judged(
+    folder: Path, rows: Sequence[Conversation], heldout: Sequence[Conversation] = (), threshold: float | None = None
+) -> tuple[list[Fate], Tally]:
+    """What becomes of each of `rows`, exact duplicates dropped or, with a threshold, near ones; and the account."""
+    dropped = Tally()
+    with shelf_in(folder) as place:
+        marks = Marks(place)
+        for row in (*heldout, *rows):
+            marks.add(row)
+            place.put(row)
+        place.finish()
+        place.fates[: len(heldout)] = Fate.HELD_OUT
+        if threshold is None:
+            marks.drop_duplicates()
+        else:
+            drop_near_duplicates(place, threshold)
+        place.tell_dropped(dropped)
+        fates = [Fate(fate) for fate in place.fates[len(heldout) :]]
+    assert list(folder.iterdir()) == []
+    return fates, dropped
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were many rows: a chunk is soon full."""
+    for module in (duplicates, near, shelf):
+        monkeypatch.setattr(module, "CHUNK", 128)
+
+
+def test_exact_duplicates_go_and_near_misses_stay(tmp_path: Path) -> None:
     """B7: word for word; another input, another answer, another order of roles are other rows."""
     rows = [
         dialogue("a", "b", source="1"),
@@ -37,13 +66,31 @@ def test_exact_duplicates_go_and_near_misses_stay() -> None:
         dialogue("a", "c", source="4"),
         dialogue("a\nb", "", source="5"),
     ]
-    dropped = Tally()
-    assert [c.source for c in drop_exact_duplicates(rows, dropped)] == ["1", "3", "4", "5"]
+    fates, dropped = judged(tmp_path, rows, heldout=[dialogue("a", "c")])
+    assert fates == [Fate.LEARN, Fate.DUPLICATE, Fate.LEARN, Fate.LEARN, Fate.LEARN]
     assert (dropped.counts, dropped.examples) == ({"exact duplicate": 1}, {"exact duplicate": ["2"]})
 
 
+def test_exact_duplicates_on_disk_are_those_a_set_finds(tmp_path: Path) -> None:
+    """B7: the first of its kind stays, among learned and held-out rows apart, over many chunks and piles."""
+    dice = random.Random(1)
+    said = [str(dice.randrange(700)) for _ in range(1500)]
+    seen: set[str] = set()
+    expected = []
+    for text in said:
+        expected.append(Fate.DUPLICATE if text in seen else Fate.LEARN)
+        seen.add(text)
+    fates, dropped = judged(tmp_path, [dialogue(text, "x", source=text) for text in said], [dialogue(said[0], "x")])
+    assert fates == expected
+    assert dropped.counts == {"exact duplicate": len(said) - len(seen)}
+    assert (
+        dropped.examples["exact duplicate"]
+        == [text for text, fate in zip(said, fates, strict=True) if fate == Fate.DUPLICATE][:3]
+    )
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
-def test_planted_near_duplicates_are_found_and_nothing_else(threshold: float) -> None:
+def test_planted_near_duplicates_are_found_and_nothing_else(tmp_path: Path, threshold: float) -> None:
     """B7: every pair at or above the threshold goes, none below it does; similarity is counted exactly here."""
     dice = random.Random(0)
     letters = "的一是在不了有和人这中大为上个国我以要他 abcdefgh"
@@ -60,11 +107,45 @@ def test_planted_near_duplicates_are_found_and_nothing_else(threshold: float) ->
     expected = {copy.source for row, copy in zip(rows, copies, strict=True) if similarity(row, copy) >= threshold}
     assert len(expected) > 30
     assert threshold < 0.7 or len(expected) < 350
-    dropped = Tally()
-    kept = {c.source for c in drop_near_duplicates([*rows, *copies], [], threshold, dropped)}
+    fates, dropped = judged(tmp_path, [*rows, *copies], threshold=threshold)
+    kept = {c.source for c, fate in zip([*rows, *copies], fates, strict=True) if fate == Fate.LEARN}
     assert {c.source for c in copies} - kept == expected
     assert {c.source for c in rows} <= kept
     assert dropped.counts == {"near duplicate": len(expected)}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_the_search_on_disk_drops_what_the_one_in_memory_drops(tmp_path: Path, threshold: float) -> None:
+    """B7: rows with long frames in common, chains of copies of copies, held-out rows: the same fate for every row."""
+    dice = random.Random(2)
+    letters = "的一是在不了有和人这中大为上个国我以要他"
+
+    def some(length: int) -> str:
+        return "".join(dice.choices(letters, k=length))
+
+    frames, texts = [some(150) for _ in range(4)], []
+    for _ in range(450):
+        kind = dice.random()
+        if texts and kind < 0.4:
+            old = dice.choice(texts)
+            kept = len(old) - dice.randrange(0, min(30, len(old)))
+            texts.append(old[:kept] + some(len(old) - kept))
+        else:
+            texts.append((dice.choice(frames) if kind < 0.7 else "") + some(dice.randrange(4, 90)))
+    rows = [dialogue(text, "x") for text in texts]
+    heldout, rows = rows[::10], [row for place, row in enumerate(rows) if place % 10]
+    expected = near_fates([row.text for row in rows], [row.text for row in heldout], threshold)
+    fates, _ = judged(tmp_path, rows, heldout, threshold)
+    assert [{Fate.LEARN: "kept", Fate.NEAR: "near", Fate.LEAK: "leak"}[fate] for fate in fates] == expected
+    assert min(expected.count(fate) for fate in ("kept", "near", "leak")) >= 8
+
+
+def test_piles_hold_every_record_once_and_in_order(tmp_path: Path) -> None:
+    piles = Piles(tmp_path / "piles", np.int64)
+    for begin in (0, 500):
+        records = np.arange(begin, begin + 500)
+        piles.add(records % 7, records)
+    assert [pile.tolist() for pile in piles] == [list(range(first, 1000, 7)) for first in range(7)]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.75, 0.9, 0.99, 1.0])
@@ -75,17 +156,17 @@ def test_the_bands_find_nearly_all_pairs_at_the_threshold(threshold: float) -> N
     assert rows == 32 or (1 - threshold ** (rows + 1)) ** (NUM_PERMUTATIONS // (rows + 1)) > MISSED_SHARE
 
 
-def test_a_training_row_near_to_a_held_out_one_is_counted_as_held_out() -> None:
+def test_a_training_row_near_to_a_held_out_one_is_counted_as_held_out(tmp_path: Path) -> None:
     """B7: leaks across the split, near ones too."""
     long = "今天天气很好，我们一起去公园散步，看见许多人在湖边放风筝，孩子们跑来跑去，非常热闹。" * 3
     heldout = [dialogue(long, "好的，明天再去。", source="held")]
     train = [dialogue(long, "好的，明天再去吧。", source="1"), dialogue("别的问题", "别的回答", source="2")]
-    dropped = Tally()
-    assert [c.source for c in drop_near_duplicates(train, heldout, 0.9, dropped)] == ["2"]
+    fates, dropped = judged(tmp_path, train, heldout, 0.9)
+    assert fates == [Fate.LEAK, Fate.LEARN]
     assert dropped.counts == {"also held out": 1}
 
 
-def test_held_out_rows_near_to_each_other_both_count() -> None:
+def test_held_out_rows_near_to_each_other_both_count(tmp_path: Path) -> None:
     """B7: near to the second of two held-out rows that resemble each other, but not to the first."""
     words = [f"word{i}" for i in range(100)]
 
@@ -95,8 +176,8 @@ def test_held_out_rows_near_to_each_other_both_count() -> None:
     first, second, third = text(0), text(4), text(8)
     assert similarity(first, second) >= 0.9 <= similarity(second, third)
     assert similarity(first, third) < 0.9
-    dropped = Tally()
-    assert drop_near_duplicates([third], [first, second], 0.9, dropped) == []
+    fates, dropped = judged(tmp_path, [third], [first, second], 0.9)
+    assert fates == [Fate.LEAK]
     assert dropped.counts == {"also held out": 1}
 
 
@@ -114,13 +195,10 @@ def test_held_out_rows_near_to_each_other_both_count() -> None:
 )
 def test_a_held_out_question_is_known_whatever_its_answer(row: Conversation, leaks: bool) -> None:
     """B7: the same question in a training row, also as the first of several turns."""
-    dropped = Tally()
-    kept = drop_heldout([row], [dialogue("What is it?", "this")], dropped)
-    assert (not kept) == leaks
-    assert dropped.counts == ({"also held out": 1} if leaks else {})
+    assert gives_away(row, asked_in([dialogue("What is it?", "this")])) == leaks
 
 
 def test_a_held_out_follow_up_is_known_with_the_turns_before_it_only() -> None:
-    heldout = [dialogue("a", "b", "c", "d")]
-    rows = [dialogue("a", "b", source="1"), dialogue("a", "b", "c", "e", source="2"), dialogue("c", "d", source="3")]
-    assert [c.source for c in drop_heldout(rows, heldout, Tally())] == ["1", "3"]
+    asked = asked_in([dialogue("a", "b", "c", "d")])
+    rows = [dialogue("a", "b"), dialogue("a", "b", "c", "e"), dialogue("c", "d")]
+    assert [gives_away(row, asked) for row in rows] == [False, True, False]

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graftlm.errors import DiskError, UserError
-from graftlm.text import rows as rows_module
+from graftlm.text import rows_file as rows_file_module
 from graftlm.text.dialogue import Rendered
-from graftlm.text.rows import RowsBuilder, TokenRows, rows_meta, save_rows, text_rows
+from graftlm.text.rows import RowsBuilder, TokenRows, rows_meta, text_rows
+from graftlm.text.rows_file import rows_file, save_rows
 from graftlm.text.tokenizer import Tokenizer
 
 
@@ -38,6 +39,45 @@ def test_rows_come_back_as_they_were(tmp_path: Path, llama_tokenizer: Tokenizer)
     assert found.sources[4] == "文件.jsonl:4 x"
     assert found.ids.dtype == np.uint16
     assert os.listdir(tmp_path) == ["train"]
+
+
+def test_a_stretch_at_a_time_is_the_same_bytes(
+    tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows written as they come are what NumPy saves of all of them at once."""
+    monkeypatch.setattr(rows_file_module, "STRETCH_TOKENS", 12)
+    rows = some_rows(llama_tokenizer, 30)
+    with rows_file(tmp_path / "train", llama_tokenizer.num_pieces, rows.meta) as file:
+        for i in range(30):
+            ids, is_target = rows.row(i)
+            file.add(Rendered(ids.tolist(), is_target.tolist(), int(rows.target_bytes[i])), rows.sources[i])
+    for name in ("ids", "is_target", "offsets", "target_bytes"):
+        np.save(tmp_path / "whole.npy", getattr(rows, name))
+        assert (tmp_path / "train" / f"{name}.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    found = TokenRows.load(tmp_path / "train")
+    assert list(found.sources) == list(rows.sources)
+    assert (len(found.sources), found.sources[29], found.sources[-1]) == (30, rows.sources[29], rows.sources[29])
+    assert found.lengths_of([3, 29, 0]) == rows.lengths[[3, 29, 0]].tolist()
+    with pytest.raises(IndexError):
+        found.sources[30]
+
+
+def test_a_folder_of_no_rows_is_whole(tmp_path: Path) -> None:
+    with rows_file(tmp_path / "text", 70_000, {}):
+        pass
+    found = TokenRows.load(tmp_path / "text")
+    assert (len(found), found.num_tokens, list(found.sources), found.ids.dtype) == (0, 0, [], np.uint32)
+
+
+def test_an_error_while_rows_are_written_leaves_nothing(tmp_path: Path, llama_tokenizer: Tokenizer) -> None:
+    def fail() -> None:
+        with rows_file(tmp_path / "train", llama_tokenizer.num_pieces, {}) as file:
+            file.append(some_rows(llama_tokenizer))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert os.listdir(tmp_path) == []
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
@@ -94,15 +134,15 @@ def test_an_interrupted_or_full_write_leaves_the_old_rows(
 ) -> None:
     """D1: no space for the new rows; the old ones stay, nothing half-written does."""
     save_rows(some_rows(llama_tokenizer, 2), tmp_path / "train")
-    monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(DiskError, match=r"need 1\d\d bytes below .* and 10 are free"):
+    monkeypatch.setattr(rows_file_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(DiskError, match=r"need 1\d\d bytes more below .* and 10 are free"):
         save_rows(some_rows(llama_tokenizer, 4), tmp_path / "train")
     monkeypatch.undo()
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rows_module.os, "fsync", fail)
+    monkeypatch.setattr(rows_file_module.os, "fsync", fail)
     with pytest.raises(DiskError, match="No space left"):
         save_rows(some_rows(llama_tokenizer, 4), tmp_path / "train")
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 from graftlm.device import Precision
 from graftlm.model.packed import attend_packed
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import NO_SPARING, Sparing, common_prefix, make_batch, pack, row_batches
+from graftlm.training.batches import NO_SPARING, Sparing, _order, common_prefix, make_batch, pack, row_batches
 from graftlm.training.loop import response_loss_sum
 from tests.training.tiny_training import tiny_model
 
@@ -37,6 +37,12 @@ def test_packing_is_deterministic_and_within_the_budget() -> None:
     assert all(sum(lengths[place] for place in places) <= 64 for places in bins)
     assert bins == pack(lengths, 64)
     assert sum(lengths) / (64 * len(bins)) > 0.93
+
+
+def test_the_order_of_rows_is_the_generators_own_permutation() -> None:
+    for seed, epoch, number in ((0, 0, 1), (3, 1, 1000), (7, 2, 70_000)):
+        expected = np.random.default_rng([seed, epoch]).permutation(number)
+        assert np.array_equal(_order(seed, epoch, number), expected)
 
 
 def test_the_common_beginning_ends_where_rows_differ() -> None:

@@ -6,17 +6,19 @@ decide anything about a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from graftlm.text.dialogue import Conversation
+from graftlm.text.dialogue import Conversation, Rendered
 from graftlm.text.fit import Fitted
 from graftlm.text.readers import Reading
-from graftlm.text.rows import TokenRows
 from graftlm.text.tally import Tally
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
 
 
 @dataclass(slots=True)
@@ -55,6 +57,14 @@ class Counting:
     cleaned: Tally = field(default_factory=Tally)
     answers_left_out: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_language: Counter[str] = field(default_factory=Counter)
+    by_length: Counter[int] = field(default_factory=Counter)
+    labels: int = 0
+
+    @property
+    def rows_kept(self) -> int:
+        """Dialogues that are learned."""
+        return self.by_language.total()
 
     def add(self, reading: Reading) -> None:
         """Count what was read of one source."""
@@ -73,27 +83,40 @@ class Counting:
         self.answers_left_out += fitted.num_left_out
         return True
 
-    def report(self, kept: Sequence[Conversation], rows: TokenRows) -> DataReport:
-        """The report on the dialogues kept for training and their token rows."""
+    def learn(self, conversation: Conversation, rows: Sequence[Rendered]) -> None:
+        """Count a dialogue that is kept for training, and its token rows."""
+        self.by_language[conversation.language] += 1
+        for row in rows:
+            self.by_length[len(row.ids)] += 1
+            self.labels += row.is_target.count(True)
+
+    def report(self) -> DataReport:
+        """The report on all that was counted."""
         tallies = (self.dropped, self.cut, self.cleaned)
-        report = DataReport(
+        return DataReport(
             rows_read=self.rows_read,
-            rows_kept=len(kept),
+            rows_kept=self.rows_kept,
             dropped=self.dropped.counts,
             format=", ".join(dict.fromkeys(facts["format"] for facts in self.files.values())),
-            tokens=rows.num_tokens,
-            labels=rows.num_targets,
-            token_rows=len(rows),
+            tokens=sum(length * number for length, number in self.by_length.items()),
+            labels=self.labels,
+            token_rows=self.by_length.total(),
             cut=self.cut.counts,
             answers_left_out=self.answers_left_out,
             cleaned=self.cleaned.counts,
             examples={reason: where for tally in tallies for reason, where in tally.examples.items()},
             files=self.files,
+            by_language=dict(self.by_language),
+            length_quantiles={name: quantile(self.by_length, share) for name, share in QUANTILES.items()}
+            if self.by_length
+            else {},
         )
-        for conversation in kept:
-            report.by_language[conversation.language] = report.by_language.get(conversation.language, 0) + 1
-        if len(rows):
-            quantiles = np.quantile(rows.lengths, (0.5, 0.9, 0.99, 1.0))
-            names = ("median", "p90", "p99", "longest")
-            report.length_quantiles = {name: int(value) for name, value in zip(names, quantiles, strict=True)}
-        return report
+
+
+def quantile(counts: Mapping[int, int], share: float) -> int:
+    """The number below which so large a share of the counted ones lies, as np.quantile draws a line between two."""
+    values = sorted(counts)
+    ends = np.cumsum([counts[value] for value in values])
+    place, part = divmod(share * (int(ends[-1]) - 1), 1)
+    low, high = (values[int(np.searchsorted(ends, at, side="right"))] for at in (place, place + (part > 0)))
+    return int(low + (high - low) * part)

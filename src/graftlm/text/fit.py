@@ -6,11 +6,12 @@ or splits; rendering is `dialogue`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal
 
-from graftlm.run import progress
+from graftlm.run import ProgressShown
 from graftlm.text.dialogue import Conversation, Message, Rendered, render_many, rows_of
 from graftlm.text.sandbox import TemplateRefused
 from graftlm.text.templates import Template
@@ -55,22 +56,32 @@ class Fitter:
     too_long: TooLong = "cut_at_turn"
     keeps_beginning: bool = False
 
-    def fit(self, conversations: Sequence[Conversation], label: str = "render") -> Iterator[Fitted]:
-        """Every dialogue's rows, in order. Raises UserError for a template that never ends an answer."""
+    def fit(
+        self, conversations: Iterable[Conversation], total: int | None = None, label: str = "render"
+    ) -> Iterator[Fitted]:
+        """Every dialogue's rows, in order, a batch at a time; `total` of them, as far as is known.
+
+        Raises UserError for a template that never ends an answer.
+        """
+        conversations, num_done = iter(conversations), 0
+        with ProgressShown(label, total) as shown:
+            while batch := list(islice(conversations, BATCH_DIALOGUES)):
+                yield from self._fit_batch(batch)
+                num_done += len(batch)
+                shown.reach(num_done)
+
+    def _fit_batch(self, batch: Sequence[Conversation]) -> Iterator[Fitted]:
         whole_chars = CHARS_PER_TOKEN * self.max_tokens
-        starts = range(0, len(conversations), BATCH_DIALOGUES)
-        for start in progress(starts, len(starts), label):
-            batch = conversations[start : start + BATCH_DIALOGUES]
-            rows = [
-                rows_of(conversation, self.template)
-                if len(conversation.messages) <= 3 or len(conversation.text) <= whole_chars
-                else None
-                for conversation in batch
-            ]
-            rendered = render_many([row for some in rows for row in some or ()], self.tokenizer, self.template)
-            for conversation, some in zip(batch, rows, strict=True):
-                found = None if some is None else [next(rendered) for _ in some]
-                yield self._judge(conversation, found)
+        rows = [
+            rows_of(conversation, self.template)
+            if len(conversation.messages) <= 3 or len(conversation.text) <= whole_chars
+            else None
+            for conversation in batch
+        ]
+        rendered = render_many([row for some in rows for row in some or ()], self.tokenizer, self.template)
+        for conversation, some in zip(batch, rows, strict=True):
+            found = None if some is None else [next(rendered) for _ in some]
+            yield self._judge(conversation, found)
 
     def _judge(self, conversation: Conversation, rows: list[Rendered | TemplateRefused] | None) -> Fitted:
         fitted = Fitted(conversation)

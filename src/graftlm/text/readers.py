@@ -45,8 +45,9 @@ class Unusable(Exception):
 class Reading:
     """What reading one source gave.
 
-    `conversations` are what is left; `dropped` counts rows by reason, `cut` rows that lost a part, `cleaned` rows
-    from which characters went. `files` tells each file's format, rows and the fields nobody reads.
+    `conversations` are what is left, where `read_source` keeps them; `dropped` counts rows by reason, `cut` rows that
+    lost a part, `cleaned` rows from which characters went. `files` tells each file's format, rows and the fields nobody
+    reads.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
@@ -60,15 +61,23 @@ class Reading:
 def read_source(source: Source, *, is_first_look: bool = False) -> Reading:
     """Every row of a source as a dialogue, or counted as dropped: `num_rows` is the sum of both.
 
-    A first look reads only the first rows of each file. Raises UserError: no such file, not whole, foreign, without
-    rows, or a format that cannot be told.
+    A first look reads only the first rows of each file. Raises UserError as `dialogues_of`.
     """
     reading = Reading()
+    reading.conversations.extend(dialogues_of(source, reading, is_first_look=is_first_look))
+    return reading
+
+
+def dialogues_of(source: Source, reading: Reading, *, is_first_look: bool = False) -> Iterator[Conversation]:
+    """The dialogues of a source one after another, none of them kept; what else there is to tell is counted in
+    `reading` on the way.
+
+    Raises UserError: no such file, not whole, foreign, without rows, or a format that cannot be told.
+    """
     for file in open_files(source.path, split=source.split, config=source.config):
-        _read_file(file, source, reading, is_first_look)
+        yield from _read_file(file, source, reading, is_first_look)
     if not reading.num_rows:
         raise UserError(f"{source.path} holds no row.", "Give a file with one dialogue a row.")
-    return reading
 
 
 def read_conversations(
@@ -117,7 +126,7 @@ def _format_of(row: Any) -> str | None:
     return "text" if "text" in row else None
 
 
-def _read_file(file: File, source: Source, reading: Reading, is_first_look: bool) -> None:
+def _read_file(file: File, source: Source, reading: Reading, is_first_look: bool) -> Iterator[Conversation]:
     if file.form == "text" and source.format not in ("auto", "text"):
         raise UserError(
             f"{file.name} is plain text, not {source.format}.", "Give rows of fields, or leave the format out."
@@ -135,7 +144,9 @@ def _read_file(file: File, source: Source, reading: Reading, is_first_look: bool
     for row in progress(rows, file.num_rows, f"read {Path(file.name).name}"):
         for one in _instances(row):
             reading.num_rows += 1
-            _read_row(one, format, source, reading)
+            conversation = _read_row(one, format, source, reading)
+            if conversation is not None:
+                yield conversation
         if isinstance(row.value, dict):
             unread |= row.value.keys() - _FIELDS[format]
     facts = {"format": format, "rows": reading.num_rows - num_before}
@@ -157,7 +168,7 @@ def _instances(row: Row) -> Iterator[Row]:
             yield Row(where, None, "an instance is no object of fields")
 
 
-def _read_row(row: Row, format: str, source: Source, reading: Reading) -> None:
+def _read_row(row: Row, format: str, source: Source, reading: Reading) -> Conversation | None:
     try:
         if row.problem:
             raise Unusable(row.problem)
@@ -171,8 +182,8 @@ def _read_row(row: Row, format: str, source: Source, reading: Reading) -> None:
             raise Unusable(f"less than {source.min_script_share:g} of its letters in script {source.script}")
     except Unusable as reason:
         reading.dropped.add(str(reason), row.where)
-        return
-    reading.conversations.append(conversation)
+        return None
+    return conversation
 
 
 def _cleaned(messages: list[Message], where: str, reading: Reading) -> list[Message]:

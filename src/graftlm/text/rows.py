@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from graftlm.errors import DiskError, UserError
-from graftlm.run import disk_errors
+from graftlm.errors import UserError
 from graftlm.text.dialogue import Rendered
 
 if TYPE_CHECKING:
     from graftlm.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-_ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
-_SOURCES = "sources.txt"
+ARRAYS = ("ids", "is_target", "offsets", "target_bytes")
+SOURCES = "sources.txt"
 _AGAIN = "Prepare the data again (graftlm run redoes the data step)."
 
 
@@ -56,8 +52,13 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every row, (R,)."""
+        """Tokens of every row, (R,): made anew each time. Of some rows `lengths_of` tells them."""
         return np.diff(self.offsets)
+
+    def lengths_of(self, row_ids: Sequence[int]) -> list[int]:
+        """Tokens of these rows."""
+        at = np.asarray(row_ids, np.int64)
+        return (self.offsets[at + 1] - self.offsets[at]).tolist()
 
     @property
     def num_tokens(self) -> int:
@@ -89,10 +90,10 @@ class TokenRows:
                 found = meta.get("format_version") if isinstance(meta, dict) else type(meta).__name__
                 raise UserError(f"{folder} has row format {found}, this version reads {FORMAT_VERSION}.", _AGAIN)
             for name, digest in meta["sha256"].items():
-                if _sha256(folder / name) != digest:
+                if sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} has changed since it was written")
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-            sources = (folder / _SOURCES).read_text(encoding="utf-8").split("\n")[:-1]
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+            sources = SourceLines(folder / SOURCES, meta["rows"])
         except (FileNotFoundError, NotADirectoryError) as error:
             missing = Path(error.filename).name
             raise UserError(f"{folder} holds no token rows: {missing} is missing.", _AGAIN) from None
@@ -104,6 +105,32 @@ class TokenRows:
         if template_fingerprint is not None:
             _refuse_other(folder, meta, "template", template_fingerprint)
         return rows
+
+
+class SourceLines(Sequence[str]):
+    """Where rows came from, a line of a file each: it is asked for a few of them, and may hold millions."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self._path, self._number = path, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[str]:
+        with self._path.open(encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                yield line.removesuffix("\n")
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(self._number))]
+        if not -self._number <= place < self._number:
+            raise IndexError(place)
+        return next(islice(self, place % self._number, None))
 
 
 def _refuse_other(folder: Path, meta: Mapping[str, Any], what: str, expected: str) -> None:
@@ -126,6 +153,11 @@ class RowsBuilder:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows added so far."""
+        return len(self._ids)
 
     def add(self, row: Rendered, source: str) -> None:
         """Append one row; `source` is its "file:line"."""
@@ -153,72 +185,8 @@ def rows_meta(tokenizer: Tokenizer, template_fingerprint: str, max_tokens: int) 
     }  # fmt: skip
 
 
-def save_rows(rows: TokenRows, folder: str | Path) -> None:
-    """Write `rows` so that `folder` is either complete or not there; an older one is replaced. Raises: DiskError."""
-    folder = Path(folder)
-    needed_bytes = sum(getattr(rows, name).nbytes for name in _ARRAYS)
-    partial: Path | None = None
-    try:
-        with disk_errors(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            free_bytes = shutil.disk_usage(folder.parent).free
-            if free_bytes < needed_bytes:
-                raise DiskError(
-                    f"The token rows need {needed_bytes:,} bytes below {folder.parent} and {free_bytes:,} are free.",
-                    "Free space or choose another --out, then run the same command again.",
-                )
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            os.chmod(partial, 0o755)
-            _write(rows, partial)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(rows: TokenRows, folder: Path) -> None:
-    digests = {}
-    for name in _ARRAYS:
-        with _HashedFile(folder / f"{name}.npy") as file:
-            np.save(file, getattr(rows, name), allow_pickle=False)
-        digests[f"{name}.npy"] = file.digest.hexdigest()
-    with _HashedFile(folder / _SOURCES) as file:
-        file.write("".join(f"{source}\n" for source in rows.sources).encode(errors="backslashreplace"))
-    digests[_SOURCES] = file.digest.hexdigest()
-    counts = {"rows": len(rows), "tokens": rows.num_tokens, "targets": rows.num_targets,
-              "target_bytes": rows.num_target_bytes}  # fmt: skip
-    with _HashedFile(folder / "meta.json") as file:
-        meta = {**rows.meta, **counts, "sha256": digests}
-        file.write(json.dumps(meta, indent=1, ensure_ascii=False).encode())
-
-
-class _HashedFile:
-    """A file written through its own sha256, on disk when closed.
-
-    It is no real file object to NumPy, which would else write behind Python's back and hide the system's error number.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.digest = hashlib.sha256()
-        self._file = path.open("wb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def write(self, data: bytes) -> int:
-        """Write and count into the hash."""
-        self.digest.update(data)
-        return self._file.write(data)
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -136,7 +136,7 @@ def row_batches(
 ) -> list[Batch]:
     """Pack these rows into as few micro-batches as best fit finds."""
     num_shared = common_prefix(rows, row_ids) if sparing.prefix else 0
-    lengths = [int(rows.lengths[row_id]) - num_shared for row_id in row_ids]
+    lengths = [length - num_shared for length in rows.lengths_of(row_ids)]
     packs = pack(lengths, budget_tokens - num_shared)
     return [
         make_batch(rows, [row_ids[place] for place in places], device, num_shared, sparing.last_layer)
@@ -146,8 +146,10 @@ def row_batches(
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """An epoch's permutation of the rows: asked for several times a step, and long for many rows."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    """An epoch's permutation of the rows, asked for several times a step: 4 bytes a row, and two are kept."""
+    order = np.arange(num_rows, dtype=np.uint32 if num_rows <= 2**32 else np.int64)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 class Steps:
@@ -201,8 +203,7 @@ class Steps:
         row_ids = self.row_ids(step)
         if self.num_ranks == 1:
             return row_ids
-        lengths = [int(self.rows.lengths[row_id]) for row_id in row_ids]
-        return [row_ids[place] for place in shares(lengths, self.num_ranks)[self.rank]]
+        return [row_ids[place] for place in shares(self.rows.lengths_of(row_ids), self.num_ranks)[self.rank]]
 
     def num_targets(self, step: int) -> int:
         """Tokens the whole step learns from, whoever takes them: the loss's one denominator."""

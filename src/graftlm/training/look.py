@@ -90,9 +90,9 @@ def take_look(
 def _first_batch(steps: Steps, device: torch.device) -> Batch:
     """The first rows of step 0 that fit a small pass, packed as training packs them."""
     row_ids = steps.row_ids(0)[:NUM_ROWS]
-    while len(row_ids) > 1 and int(steps.rows.lengths[row_ids].sum()) > BUDGET_TOKENS:
+    while len(row_ids) > 1 and sum(steps.rows.lengths_of(row_ids)) > BUDGET_TOKENS:
         row_ids = row_ids[:-1]
-    budget = max(BUDGET_TOKENS, int(steps.rows.lengths[row_ids].sum()))
+    budget = max(BUDGET_TOKENS, sum(steps.rows.lengths_of(row_ids)))
     return row_batches(steps.rows, row_ids, budget, device, steps.sparing)[0]
 
 

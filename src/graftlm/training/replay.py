@@ -116,7 +116,7 @@ def _cured(
 
 def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:
     return row_batches(
-        steps.rows, [row_id], int(steps.rows.lengths[row_id]), precision.device, replace(steps.sparing, prefix=False)
+        steps.rows, [row_id], steps.rows.lengths_of([row_id])[0], precision.device, replace(steps.sparing, prefix=False)
     )
 
 
@@ -188,7 +188,7 @@ def _row_at(steps: Steps, batch: Batch, place: int) -> tuple[int, int]:
         return batch.row_ids[0], place
     begins = shared
     for row_id in batch.row_ids:
-        own = int(steps.rows.lengths[row_id]) - shared
+        own = steps.rows.lengths_of([row_id])[0] - shared
         if place < begins + own:
             return row_id, place - begins + shared
         begins += own

@@ -7,6 +7,7 @@ for a published base where none may be downloaded: the demo, tests, a first try 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def _rows_of(paths: Sequence[str], tokenizer: Tokenizer, row_tokens: int) -> Tok
     """Rows of plain text files: a document is a block between blank lines, every token of it a target."""
     builder = RowsBuilder(tokenizer.num_pieces)
     for path in paths:
-        found = list(documents(Path(path)))
-        for document, rows in zip(found, text_rows((d.value for d in found), tokenizer, row_tokens), strict=True):
+        found, again = tee(documents(Path(path)))
+        for document, rows in zip(found, text_rows((d.value for d in again), tokenizer, row_tokens), strict=True):
             for row in rows:
                 builder.add(row, document.where)
     return builder.rows()
