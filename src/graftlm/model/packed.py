@@ -12,6 +12,8 @@ so the result is the same; its gradient is the sum over the rows.
 Where the last layer is computed at labelled positions only (`body.py`), their queries alone attend: to the keys of the
 whole row, as causality has it.
 
+On GPUs that have it, torch's variable-length kernel takes the groups' place (`varlen.py`) where all positions attend.
+
 Shapes: B rows of a group, L positions of a group, M labelled positions of a group's row, P tokens of the shared prefix,
 T tokens and N labelled positions of the micro-batch, H heads, D head size.
 """
@@ -28,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from graftlm.errors import UserError
+from graftlm.model.varlen import Bounds, make_bounds, runs_varlen, varlen_attention
 
 PACKED = "graftlm_packed"
 MAX_PADDING_SHARE = 0.2
@@ -61,13 +64,14 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where each row of a packed micro-batch lies: its groups, and positions that restart in every row.
+    """Where each row of a packed micro-batch lies: its groups, its bounds, and positions that restart in every row.
 
     The first `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them.
     `ends_at_N` are the positions the last layer is computed at; None means all.
     """
 
     groups: tuple[RowGroup, ...]
+    bounds: Bounds
     positions_1T: torch.Tensor
     num_shared: int = 0
     ends_at_N: torch.Tensor | None = None
@@ -97,7 +101,8 @@ def make_layout(
     built = tuple(_group(group, device, num_shared, ends_at_N) for group in places)
     own = [torch.arange(num_shared, num_shared + length) for length in lengths]
     positions = torch.cat([torch.arange(num_shared), *own]).to(device)
-    return PackedLayout(built, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device))
+    bounds = make_bounds(lengths, num_shared, device)
+    return PackedLayout(built, bounds, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device))
 
 
 def _group(
@@ -154,7 +159,11 @@ def packed_attention(
     """
     del attention_mask
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
-    num_shared = layout.num_shared
+    num_shared, kind = layout.num_shared, query_THD.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_THD.dtype
+    if not dropout and runs_varlen(query_THD.device, computed, query_THD.shape[2]):
+        query_THD, key_THD, value_THD = (x.to(computed) for x in (query_THD, key_THD, value_THD))
+        return varlen_attention(query_THD, key_THD, value_THD, layout.bounds, scaling)[None], None
     attend = _attention(query_THD, key_THD, scaling, dropout)
     prefix = [x[:num_shared].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)]
     parts = [attend(*prefix, is_causal=True)[0].transpose(0, 1)] if num_shared else []
@@ -223,6 +232,15 @@ def attend_packed(model: PreTrainedModel) -> None:
     """Make `model` attend over packed rows; its forward then needs `layout=`."""
     AttentionInterface.register(PACKED, packed_attention)
     model.set_attn_implementation(PACKED)
+
+
+def attention_in_words(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """How `packed_attention` attends in `model` there, computing in `dtype`: for the log."""
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not getattr(config, "attention_dropout", 0.0) and runs_varlen(device, dtype, head_size):
+        return "torch's variable-length kernel"
+    return "groups of rows of like length"
 
 
 def refuse_longer_rows(model: PreTrainedModel, longest: int) -> None:

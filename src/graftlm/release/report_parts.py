@@ -172,6 +172,7 @@ def _stage_facts(stage: StageRecord) -> list[tuple[str, Any]]:
         ("tokens per second", round(sum(step["num_tokens"] for step in steps) / max(seconds, 1e-9))),
         ("first and last loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"),
         ("peak memory", f"{peak_bytes / 2**30:.2f} GiB" if peak_bytes else "not measured"),
+        ("attention", stage.done.get("attention", "not told")),
         ("saving", _saving(stage.done)),
     ]  # fmt: skip
 

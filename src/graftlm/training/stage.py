@@ -27,7 +27,7 @@ from graftlm.health.look import Look
 from graftlm.health.probe import NameOf, no_name
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.frozen import hold_frozen_as
-from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.model.packed import attend_packed, attend_plain, attention_in_words
 from graftlm.model.rows import lay_rows_together
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say
@@ -119,6 +119,7 @@ class StageRun:
         self.model.to(device)
         lay_rows_together(self.model)
         attend_packed(body_of(self.model))
+        self.attention = attention_in_words(body_of(self.model), device, self.precision.compute_dtype)
         if stage.gradient_checkpointing:
             recompute_activations(self.model, True)
         self.roles = learning_roles(self.model)
@@ -201,6 +202,7 @@ class StageRun:
     def _run(self) -> None:
         if not self.saver.in_background:
             say(f"{self.stage.name}: a step waits while a checkpoint is written: memory holds no copy of it")
+        say(f"{self.stage.name}: {self.precision.name} on {self.precision.device.type}, attention by {self.attention}")
         forget_peak_memory(self.precision.device)
         if not self.resume():
             self._before().refuse(self.folder, self.metrics)
@@ -332,6 +334,7 @@ class StageRun:
             "num_learning_parameters": sum(p.numel() for p in trainable_parameters(self.model).values()),
             "precision": self.precision.name,
             "device": self.precision.device.type,
+            "attention": self.attention,
             "num_ranks": self.ranks.count,
             **facts_of_saves(lines),
         }
