@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from graftlm.training.following import follow
 from graftlm.training.joining import joined
 from graftlm.training.place import Place, place_here
 from graftlm.training.ranks import ALONE, Ranks, error_of, told_of
+from graftlm.training.stacks import SILENT, keep_stacks, own_stacks, stacks_told
 from graftlm.training.stage import StageRun
 
 CPU = torch.device("cpu")
@@ -77,6 +79,7 @@ def with_fault(fault: Any, rank: int, folder: Path) -> None:
     except UserError as error:
         if ranks.speaks:
             print(f"{error.problem}\n{error.fix}", file=sys.stderr)
+            keep_stacks(folder, ranks.stacks)
         sys.exit(error.exit_code)
 
 
@@ -116,6 +119,10 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on(
     assert newest is not None
     assert load_checkpoint(newest).values["step"] == AT - 1
     assert all(folder.name.startswith("step-") for folder in checkpoints.iterdir())
+    if fault is hanging:  # the place is told, of both: where the one sleeps, and where the other waits
+        stacks = {one: (tmp_path / "run" / "stacks" / f"rank-{one}.txt").read_text() for one in (0, 1)}
+        assert "in hanging" in stacks[1]
+        assert "in _why_broken" in stacks[0]
     if fault is killed and rank == 1:
         again = on_ranks(2, whole, tmp_path / "run", folder=tmp_path / "again")
         assert again == on_ranks(2, whole, tmp_path / "uninterrupted", folder=tmp_path / "whole")
@@ -229,3 +236,22 @@ def test_alone_nothing_is_said() -> None:
     assert ALONE.from_first(lambda: 3) == 3
     assert ALONE.any(True)
     assert not torch.distributed.is_initialized()
+
+
+def test_stacks_of_all_are_kept_and_who_is_silent_is_told(tmp_path: Path) -> None:
+    """Below the run's folder, or where there is none on this machine, in a scratch one; a full disk hides no error."""
+    store = torch.distributed.HashStore()
+    store.set("stacks/1", own_stacks())
+    stacks = stacks_told(store, 2)
+    assert stacks[0] == SILENT
+    assert "test_stacks_of_all_are_kept_and_who_is_silent_is_told" in stacks[1]
+    assert keep_stacks(tmp_path, stacks) == tmp_path / "stacks"
+    assert (tmp_path / "stacks" / "rank-0.txt").read_text() == SILENT
+    elsewhere = keep_stacks(tmp_path / "none", stacks)
+    assert elsewhere is not None
+    assert not elsewhere.is_relative_to(tmp_path)
+    assert (elsewhere / "rank-1.txt").read_text() == stacks[1]
+    shutil.rmtree(elsewhere)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "stacks").write_text("a file")
+    assert keep_stacks(tmp_path / "file", stacks) is None

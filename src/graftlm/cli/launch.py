@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graftlm.pipeline import RunResult
     from graftlm.recipe import Recipe
     from graftlm.training.place import Place
+    from graftlm.training.ranks import Ranks
 
 SHUTDOWN_SECONDS = "120"  # in which ranks asked to stop may finish their step and save
 
@@ -57,9 +58,19 @@ def _run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None
             follow(ranks, device)
     except (UserError, Interrupted) as error:
         if place.rank == 0 or (ranks is not None and ranks.speaks):
-            raise
+            raise _with_stacks(error, ranks, folder) from None
         raise typer.Exit(error.exit_code if isinstance(error, UserError) else RankLost.exit_code) from None
     return None
+
+
+def _with_stacks(error: UserError | Interrupted, ranks: Ranks | None, folder: Path) -> UserError | Interrupted:
+    """The error, and where it is written what every rank was doing, if one was found to hang."""
+    from graftlm.training.stacks import keep_stacks
+
+    kept = keep_stacks(folder, ranks.stacks) if ranks is not None and ranks.stacks else None
+    if kept is None or not isinstance(error, UserError):
+        return error
+    return type(error)(f"{error.problem} What every thread of each was doing then: {kept}", error.fix)
 
 
 def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """How the processes of a run find each other, and what is refused before any of them trains.
 
-Owns the store, the process group, the sign of life of rank 0, and the checks that all
-run the same thing. Does not start processes (`cli/launch.py`) and does not know what they do together (`ranks.py`).
+Owns the store, the process group, what each rank answers beside its work (rank 0's sign of life, stacks), and the
+checks that all run the same thing. Does not start processes (`cli/launch.py`) and does not know what they do together
+(`ranks.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from graftlm.errors import RankLost, UserError
 from graftlm.step import changed_keys
 from graftlm.training.place import Place
 from graftlm.training.ranks import ALONE, BEAT, Ranks, within
+from graftlm.training.stacks import answer_if_asked
 
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 10.0
@@ -55,8 +57,8 @@ def joined(
         ) from None
     ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count)
     is_over = threading.Event()
-    if ranks.is_first:
-        threading.Thread(target=_beat, args=(_store(place, join_seconds, is_second=True), is_over), daemon=True).start()
+    beside = _store(place, join_seconds, is_second=True)
+    threading.Thread(target=_attend, args=(beside, place.rank, is_over), daemon=True, name="attending").start()
     try:
         yield ranks
     except BaseException as error:
@@ -148,8 +150,10 @@ def _refuse_different(told: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _beat(store: Any, is_over: threading.Event) -> None:
-    """Rank 0's sign of life, for those who wait while it walks the road."""
+def _attend(store: Any, rank: int, is_over: threading.Event) -> None:
+    """Rank 0's sign of life, for those who wait while it walks the road; and stacks, where one was found to hang."""
     with contextlib.suppress(RuntimeError):
         while not is_over.wait(BEAT_SECONDS):
-            store.set(BEAT, str(time.time()))
+            if rank == 0:
+                store.set(BEAT, str(time.time()))
+            answer_if_asked(store, rank)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.errors import DiskError, Interrupted, NumericalStop, RankLost, UserError
+from graftlm.training.stacks import ASKED, stacks_told
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Ranks:
 
     `store` is what they share before and beside the process group; `patience_seconds` how long one waits for another;
     `local_count` how many of them are on this machine. `speaks`: whether an error is this rank's to tell the user.
+    `stacks`: by rank, what all were doing when one of them was found to hang.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Ranks:
         self.rank, self.count, self.patience_seconds = rank, count, patience_seconds
         self.local_count = local_count
         self.speaks = rank == 0
+        self.stacks: dict[int, str] = {}
         self._store = store
         self._num_orders = 0
 
@@ -235,6 +238,9 @@ class Ranks:
         """Who left and said why, or who said nothing. Waits a little: the others may be about to say so."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others at once; this ends by itself
+        has_waited = "imed out" in str(error) or "imeout" in str(error)
+        if has_waited:
+            within(GRACE_SECONDS, lambda: self._store.set(ASKED, str(self.rank)))
         until = time.monotonic() + GRACE_SECONDS
         within(GRACE_SECONDS, lambda: self._store.set(f"here/{self.rank}", "lost"))
         silent = [rank for rank in range(self.count) if rank != self.rank]
@@ -248,7 +254,9 @@ class Ranks:
                     silent.remove(rank)
             time.sleep(POLL_SECONDS)
         self.speaks = self.rank == min(set(range(self.count)) - set(silent))
-        return self._lost(silent, "imed out" in str(error) or "imeout" in str(error))
+        if has_waited:
+            self.stacks = within(GRACE_SECONDS, lambda: stacks_told(self._store, self.count)) or {}
+        return self._lost(silent, has_waited)
 
     def _last_words(self, rank: int) -> tuple[bytes | None, bool]:
         """Why a rank left, if it said so, and whether it is there and misses another as this one does."""
