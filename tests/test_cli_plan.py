@@ -64,6 +64,55 @@ def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
     assert "Try " not in out
 
 
+BATCH = ("stages.full.batch_rows=1024", "stages.lora.batch_rows=1024")
+
+
+def test_a_cluster_is_predicted_by_what_hours_go_to(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "h200", "--gpus", "8", "--nodes", "128", *BATCH, "--json")
+    found = json.loads(out)["cluster"]
+    assert (code, err, found["num_devices"], found["is_prediction"]) == (0, "", 1024, True)
+    full = found["stages"][0]
+    assert full["rows_per_rank"] == 1
+    for hours in (full["data_parallel"], full["sharded"]):
+        parts = sum(hours[name] for name in ("compute", "communication", "checkpoints", "failures"))
+        assert hours["hours"] == pytest.approx(parts)
+    # all 27 GB of gradients go twice through one machine's 50 GB/s in each of the 489 steps
+    assert full["data_parallel"]["communication"] * 3600 == pytest.approx(489 * 2 * 27.2 / 50, rel=0.03)
+    causes = [limit["cause"] for limit in found["limits"]]
+    assert causes.count("few-rows-a-rank") == 2
+    assert "communication" in causes
+    assert len(found["assumptions"]) == 6
+
+
+def test_a_faster_network_more_failures_and_a_given_interval_are_taken(run: Run) -> None:
+    def full(*flags: str) -> dict[str, float]:
+        code, out, _ = run(CARD, "--on", "h200", "--gpus", "8", "--nodes", "4", *flags, "--json")
+        assert code == 0
+        return json.loads(out)["cluster"]["stages"][0]["data_parallel"]
+
+    plain = full()
+    assert full("--network", "100")["communication"] == pytest.approx(plain["communication"] / 2)
+    assert full("--failures", "1")["failures"] > plain["failures"]
+    assert full("--failures", "0")["failures"] == 0
+    often = full("--checkpoint-every", "50", "--checkpoint-seconds", "36")
+    assert (often["checkpoint_every"], often["checkpoints"]) == (50, pytest.approx(3907 / 50 * 36 / 3600, rel=0.01))
+
+
+def test_a_trillion_tokens_name_what_breaks(run: Run) -> None:
+    """Data for weeks of a thousand devices: memory of every rank, the wire at the start, one core for the data step."""
+    arguments = (CARD, "--on", "h100", "--gpus", "8", "--nodes", "128", "--tokens", "1e12", *BATCH)
+    code, out, err = run(*arguments, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found["stages"][0]["num_tokens"] == pytest.approx(1e12, rel=1e-6)
+    limits = {limit["cause"]: limit["severity"] for limit in found["cluster"]["limits"]}
+    assert limits["rows-in-every-process"] == "fatal"
+    assert limits["data-step-on-one-core"] == limits["rows-over-the-wire"] == "warning"
+    told = " ".join(run(*arguments)[1].split())
+    assert "Predicted for 1,024 devices (128 machines of 8); nothing of it was run" in told
+    assert "Every rank holds all token rows and the order of an epoch" in told
+
+
 def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run) -> None:
     code, out, err = run(ROOT / "recipes" / "demo.yaml", "--on", "cpu", "--gpus", "2", "--json")
     found = json.loads(out)
@@ -83,6 +132,14 @@ def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run)
             "200 devices would share 128 rows a step (stages.full.batch_rows).",
             "Plan for at most 128 devices, or with stages.full.batch_rows=200.",
         ),
+        (["--on", "h200", "--network", "100"], "--network: that is for several GPUs", "--gpus"),
+        (["--on", "h200", "--gpus", "8", "--network", "0"], "--network 0 is no such number.", "above 0"),
+        (
+            ["--on", "h200", "--gpus", "8", "--failures", "-1"],
+            "--failures -1 is no such number.",
+            "--failures may be 0",
+        ),
+        (["--on", "h200", "--tokens", "12"], "--tokens 12 is less than one row has.", "1e9"),
         (["--on", "h200", "base.model=nobody/none"], "The shape of nobody/none is not known", "Check the name"),
     ],
 )

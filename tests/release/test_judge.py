@@ -106,8 +106,8 @@ def test_right_answers_that_were_trained_on_are_counted(tokenizer: Tokenizer, tm
     is_target = [False] * len(asked) + [True] * (len(first) + 1)
     is_target += [False] * len(asked) + [True] * (len(second) + 1)
     builder.add(Rendered([*asked, *first, end, *asked, *second, end], is_target, 0), "")
-    learned = learned_answers(builder.rows(), tokenizer)
-    assert learned == {"two of them", "你好", "a task"}
+    learned = list(learned_answers(builder.rows(), tokenizer))
+    assert set(learned) == {"two of them", "你好", "a task"}
     rows = [row(1, "k", "who", "你好"), row(2, "k", "what", "a request"), row(3, "k", "x", "a task", learnable=False)]
     found = answer_exact(Parrot(), questions(tmp_path / "q.jsonl", rows), 3, 8, tmp_path, learned)
     assert (found["num_learnable"], found["num_learned_answers"]) == (2, 1)

@@ -36,33 +36,45 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices in each machine.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    network: Annotated[float | None, typer.Option(help="GB a second that a machine sends to others (50).")] = None,
+    failures: Annotated[float | None, typer.Option(help="Failures of one GPU in a day (0.00047).")] = None,
+    checkpoint_seconds: Annotated[
+        float | None, typer.Option(help="What writing a checkpoint takes (by its size, at 1 GB a second).")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between (what loses least).")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Plan for so many tokens of rows such as these: 1e12.")] = None,
     out: RunOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell whether a recipe fits a device, with which micro-batch, how long it takes, and what will not work there.
 
     Nothing is made or trained. What the run's folder holds already (tokenised rows) is used; the rest is estimated and
-    called so.
+    called so. For several GPUs it predicts what communication, checkpoints and failures take, and where that breaks.
 
-    Example: graftlm plan recipes/llama2-7b-chinese.yaml --on h200
+    Example: graftlm plan recipes/llama2-7b-chinese.yaml --on h200 --gpus 8 --nodes 16 stages.full.batch_rows=1024
     """
     from graftlm.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from graftlm.cli.plan_inputs import wishes_of
+    from graftlm.cli.plan_cluster import cluster_of, cluster_result, cluster_told
+    from graftlm.cli.plan_inputs import wishes_of, with_tokens
     from graftlm.health.hazards import hazards_of
     from graftlm.health.plan import plan_stage
 
     device, num_devices = _device(loaded, on), gpus * nodes
+    cluster = cluster_of(device, gpus, nodes, network, failures, checkpoint_seconds, checkpoint_every)
     wishes, told = wishes_of(loaded, out or Path("runs") / loaded.name)
+    wishes = [with_tokens(wish, tokens) for wish in wishes] if tokens is not None else wishes
     if not device.is_cpu:
         _check_shares(wishes, num_devices)
     plans = [plan_stage(wish, device, num_devices) for wish in wishes]
     found = _result(loaded, device, num_devices, plans, hazards_of(plans, device, num_devices), told)
+    found["cluster"] = None if cluster is None else cluster_result(plans, device, cluster)
     if as_json:
         show(found, True)
     else:
-        print("\n".join(map(plain, _told(found, recipe))))
+        predicted = cluster_told(found["cluster"]) if found["cluster"] else ()
+        print("\n".join(map(plain, [*_told(found), *predicted, *_next(found, recipe)])))
 
 
 def _check_shares(wishes: Sequence[StageWish], num_devices: int) -> None:
@@ -184,7 +196,7 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _told(found: dict[str, Any], recipe: Path) -> Iterator[str]:
+def _told(found: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
     from graftlm.run import duration
 
@@ -212,6 +224,10 @@ def _told(found: dict[str, Any], recipe: Path) -> Iterator[str]:
     yield from ("", "Assumed")
     for line in found["assumptions"]:
         yield from _wrapped(line)
+
+
+def _next(found: dict[str, Any], recipe: Path) -> Iterator[str]:
+    """The command that follows."""
     if found["changes"] and found["fits_when_changed"]:
         yield ""
         yield f"Try     graftlm run {recipe} {' '.join(found['changes'])}"

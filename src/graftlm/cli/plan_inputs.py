@@ -51,6 +51,15 @@ def wishes_of(recipe: Recipe, folder: Path) -> tuple[list[StageWish], list[str]]
     return wishes, told
 
 
+def with_tokens(wish: StageWish, tokens: float) -> StageWish:
+    """A stage on as many more rows like its own as hold so many tokens. Raises UserError where that is not one row."""
+    if not tokens >= wish.rows.longest:
+        raise UserError(f"--tokens {tokens:g} is less than one row has.", "Give the tokens of all rows, say 1e9.")
+    num_rows = round(tokens / wish.rows.mean_tokens)
+    told = f"{num_rows:,}, {tokens:.3g} tokens as asked (--tokens), lengths as of {wish.rows.source}"
+    return replace(wish, rows=replace(wish.rows, num_rows=num_rows, source=told))
+
+
 def _shape(recipe: Recipe, folder: Path) -> tuple[Shape, int, list[str]]:
     """The grown model's shape, how many of its rows are new, and where that was read."""
     grown = folder / "2-base"

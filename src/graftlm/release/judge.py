@@ -7,7 +7,7 @@ are shown (`report.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,14 @@ def _figures(
     return state
 
 
-def learned_answers(rows: TokenRows, tokenizer: Tokenizer) -> set[str]:
-    """Every answer that the rows teach, spaces stripped."""
-    found = set()
+def learned_answers(rows: TokenRows, tokenizer: Tokenizer) -> Iterator[str]:
+    """Every answer that the rows teach, spaces stripped; the same one as often as it is taught."""
     for number in range(len(rows)):
         ids, is_target = rows.row(number)
         borders = np.flatnonzero(np.diff(np.r_[False, is_target, False]))
         for start, end in zip(borders[::2], borders[1::2], strict=True):
             said = [piece_id for piece_id in ids[start:end].tolist() if piece_id not in tokenizer.special_ids]
-            found.add(tokenizer.decode_continuation(said).strip())
-    return found
+            yield tokenizer.decode_continuation(said).strip()
 
 
 def answer_exact(
@@ -112,7 +110,7 @@ def answer_exact(
     num_shown: int,
     max_answer_tokens: int,
     out: Path,
-    learned: Collection[str] = frozenset(),
+    learned: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Answer every question of a JSONL file (messages; the last is the one right answer) at temperature 0.
 
@@ -133,12 +131,14 @@ def answer_exact(
         kind["asked"] += 1
         kind["exact"] += row["is_exact"]
     learnable = [row for row in rows if row["learnable"]]
+    right = [row["messages"][-1]["content"].strip() for row in learnable]
+    known = set(right).intersection(learned)
     result = {
         "num_asked": len(rows),
         "num_exact": sum(row["is_exact"] for row in rows),
         "num_learnable": len(learnable),
         "num_exact_learnable": sum(row["is_exact"] for row in learnable),
-        "num_learned_answers": sum(row["messages"][-1]["content"].strip() in learned for row in learnable),
+        "num_learned_answers": sum(answer in known for answer in right),
         "kinds": kinds,
         "rule": RULE,
         "shown": _pick_shown(learnable, num_shown),

@@ -29,6 +29,7 @@ from graftlm.training.batches import Batch, Steps, row_batches
 
 NUM_ROWS = 8
 BUDGET_TOKENS = 2048
+LOOKED_AT_ONCE = 2**24  # tokens of the rows whose ids are compared with the vocabulary at a time
 
 
 def take_look(
@@ -187,8 +188,11 @@ def _largest_rows(model: Any, first_new_id: int | None, name_of: NameOf) -> dict
 
 def _row_outside(rows: TokenRows, num_vocab_rows: int) -> int:
     """The first row with an id the vocabulary does not reach; -1 for none."""
-    outside = np.flatnonzero(rows.ids >= num_vocab_rows) if len(rows.ids) else np.zeros(0)
-    return int(np.searchsorted(rows.offsets, outside[0], side="right") - 1) if len(outside) else -1
+    for begin in range(0, len(rows.ids), LOOKED_AT_ONCE):
+        outside = np.flatnonzero(rows.ids[begin : begin + LOOKED_AT_ONCE] >= num_vocab_rows)
+        if len(outside):
+            return int(np.searchsorted(rows.offsets, begin + outside[0], side="right") - 1)
+    return -1
 
 
 def _ceilings(numbers: Mapping[str, RoleNumbers], probe: Probe) -> dict[str, float]:
