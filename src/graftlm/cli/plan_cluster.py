@@ -120,9 +120,9 @@ def _assumptions(cluster: Cluster, stages: Sequence[StageOnCluster]) -> Iterator
     )
     longest = max(stage.restart_seconds for stage in stages)
     yield (
-        f"a restart takes {duration(longest)} at most: {RESTART_SECONDS} s to start, rows and model handed out by rank 0 "
-        f"at {HANDED_BYTES / 1e9:.0f} GB/s a hop, the rows' check at {HASHED_BYTES_A_SECOND / 1e9:.0f} GB/s; the command "
-        "must be given again (torchrun --max-restarts does)"
+        f"a restart takes {duration(longest)} at most: {RESTART_SECONDS} s to start, rows and model handed out by rank "
+        f"0 at {HANDED_BYTES / 1e9:.0f} GB/s a hop, the rows' check at {HASHED_BYTES_A_SECOND / 1e9:.0f} GB/s; the "
+        "command must be given again (torchrun --max-restarts does)"
     )
     if cluster.checkpoint_every is None:
         yield "checkpoints come as often as loses least (Young 1974, Daly 2006)"
