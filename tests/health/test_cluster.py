@@ -19,7 +19,9 @@ from graftlm.health.cluster import (
     tree_seconds,
 )
 
-CLUSTER = Cluster(gpus=8, nodes=4, link_bytes=400e9, network_bytes=50e9, disk_bytes=1e9, failures=0.001)
+CLUSTER = Cluster(
+    gpus=8, nodes=4, link_bytes=400e9, network_bytes=50e9, copy_bytes=10e9, disk_bytes=1e9, failures=0.001
+)
 LOAD = Load(
     num_steps=1000, step_seconds=2.0, gradient_bytes=8e9, weight_bytes=4e9, checkpoint_bytes=30e9, num_micro_batches=3,
     restart_seconds=600,
@@ -95,10 +97,12 @@ def test_hours_are_the_sum_of_their_parts() -> None:
     assert plain.total == pytest.approx(plain.compute + plain.communication + plain.checkpoints + plain.failures)
     calm = cluster_hours(LOAD, replace(CLUSTER, failures=0.0), is_sharded=False)
     assert (calm.failures, calm.interval_steps) == (0, 0)
-    assert calm.checkpoints == pytest.approx(30 / 3600)
+    assert calm.checkpoints == pytest.approx(3 / 3600)
     often = cluster_hours(LOAD, replace(CLUSTER, checkpoint_every=10, checkpoint_seconds=6), is_sharded=False)
     assert often.checkpoints == pytest.approx(100 * 6 / 3600)
     assert often.interval_steps == 10
+    slow = cluster_hours(LOAD, replace(CLUSTER, disk_bytes=1e8), is_sharded=False)  # 300 s until a checkpoint is there
+    assert slow.failures > plain.failures
     more = [cluster_hours(LOAD, replace(CLUSTER, nodes=nodes, failures=0.05), is_sharded=False) for nodes in (4, 32)]
     assert more[1].failures > more[0].failures > 0
     lost = cluster_hours(

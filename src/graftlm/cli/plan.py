@@ -39,7 +39,7 @@ def plan(
     network: Annotated[float | None, typer.Option(help="GB a second that a machine sends to others (50).")] = None,
     failures: Annotated[float | None, typer.Option(help="Failures of one GPU in a day (0.00047).")] = None,
     checkpoint_seconds: Annotated[
-        float | None, typer.Option(help="What writing a checkpoint takes (by its size, at 1 GB a second).")
+        float | None, typer.Option(help="What a step waits for a checkpoint (by its size, at 10 GB a second).")
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between (what loses least).")] = None,
     tokens: Annotated[float | None, typer.Option(help="Plan for so many tokens of rows such as these: 1e12.")] = None,

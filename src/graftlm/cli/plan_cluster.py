@@ -13,6 +13,7 @@ from typing import Any
 from graftlm.errors import UserError
 from graftlm.health.cluster import Cluster, ClusterHours
 from graftlm.health.cluster_plan import (
+    COPY_BYTES,
     DISK_BYTES,
     FAILURES,
     HANDED_BYTES,
@@ -57,6 +58,7 @@ def cluster_of(
         nodes=nodes,
         link_bytes=link_of(device),
         network_bytes=NETWORK_BYTES if network is None else network * 1e9,
+        copy_bytes=COPY_BYTES,
         disk_bytes=DISK_BYTES,
         failures=FAILURES if failures is None else failures,
         checkpoint_seconds=checkpoint_seconds,
@@ -111,7 +113,10 @@ def _assumptions(cluster: Cluster, stages: Sequence[StageOnCluster]) -> Iterator
     )
     yield "a device computes as fast as one alone; ranks wait for the one with most tokens, drawn from rows like these"
     if cluster.checkpoint_seconds is None:
-        yield f"checkpoints are written at {cluster.disk_bytes / 1e9:.0f} GB/s"
+        yield (
+            f"a step waits while a checkpoint is copied at {cluster.copy_bytes / 1e9:.0f} GB/s; it is written beside "
+            f"training at {cluster.disk_bytes / 1e9:.0f} GB/s"
+        )
     between = cluster.mean_hours_between_failures
     told = "no failure" if math.isinf(between) else f"one every {duration(between * 3600)} on average"
     yield (

@@ -22,13 +22,15 @@ DAY_HOURS = 24
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """What is assumed of the machines. `link_bytes` a second between the GPUs of a machine, `network_bytes` a second
-    that a machine sends to others, `disk_bytes` a second that rank 0 writes; `failures` are of one GPU in one day,
-    whatever fails in it or around it. `checkpoint_seconds` and `checkpoint_every` (steps), where they are known."""
+    that a machine sends to others, `copy_bytes` a second from a GPU to its machine's memory, `disk_bytes` a second that
+    rank 0 writes; `failures` are of one GPU in one day, whatever fails in it or around it. `checkpoint_seconds` (that a
+    step waits for one) and `checkpoint_every` (steps), where they are known."""
 
     gpus: int
     nodes: int
     link_bytes: float
     network_bytes: float
+    copy_bytes: float
     disk_bytes: float
     failures: float
     checkpoint_seconds: float | None = None
@@ -176,22 +178,24 @@ class ClusterHours:
 
 
 def cluster_hours(load: Load, cluster: Cluster, *, is_sharded: bool) -> ClusterHours:
-    """The hours of a stage. Rank 0 writes checkpoints while the others wait."""
+    """The hours of a stage. All wait while rank 0 copies a checkpoint in memory; it is written beside training, so that
+    a failure meanwhile loses that much more, and the next one is not begun before."""
     compute = load.num_steps * load.step_seconds / HOUR
     communication = load.num_steps / HOUR * communication_seconds(
         cluster, load.gradient_bytes, load.weight_bytes, load.num_micro_batches, is_sharded=is_sharded
     )  # fmt: skip
-    writing = (cluster.checkpoint_seconds or load.checkpoint_bytes / cluster.disk_bytes) / HOUR
+    waiting = (cluster.checkpoint_seconds or load.checkpoint_bytes / cluster.copy_bytes) / HOUR
+    writing = load.checkpoint_bytes / cluster.disk_bytes / HOUR
     work, mean = compute + communication, cluster.mean_hours_between_failures
     step = work / load.num_steps
-    wanted = cluster.checkpoint_every * step if cluster.checkpoint_every else best_interval_hours(writing, mean)
-    interval = min(max(wanted, step), work)
-    whole = expected_hours(work, interval, writing, load.restart_seconds / HOUR, mean)
-    checkpoints = work / interval * writing
+    best = max(best_interval_hours(waiting, mean), writing, step)
+    interval = min(cluster.checkpoint_every * step if cluster.checkpoint_every else best, work)
+    whole = expected_hours(work, interval, waiting, load.restart_seconds / HOUR + writing, mean)
+    checkpoints = work / interval * waiting
     return ClusterHours(
         compute=compute,
         communication=communication,
         checkpoints=checkpoints,
-        failures=max(0.0, whole - work - checkpoints),
+        failures=0.0 if math.isinf(mean) else whole - work - checkpoints,
         interval_steps=round(interval / step) if interval < work else 0,
     )

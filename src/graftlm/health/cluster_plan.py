@@ -35,6 +35,7 @@ HANDED_BYTES = 1e9  # a second from process to process, on the CPUs, as rows and
 LINKS = {"h200": 450e9, "h100": 450e9, "a100": 300e9, "v100": 150e9, "t4": 16e9, "2080ti": 16e9}
 OTHER_LINK = 32e9
 NETWORK_BYTES = 50e9  # 400 Gbit a second
+COPY_BYTES = 10e9  # a second from a GPU to its machine's memory, as a checkpoint is copied
 DISK_BYTES = 1e9
 FAILURES = 419 / (54 * 16_384)
 """Unexpected interruptions of a GPU in a day. Source: Llama 3's training, arXiv 2407.21783, section 3.3.4."""
@@ -166,10 +167,10 @@ def _shares(stage: StageOnCluster) -> Iterator[Finding]:
             )  # fmt: skip
         if hours.checkpoints > MUCH / 2 * total:
             yield Finding(
-                "checkpoints-by-one", "warning", name, None,
-                f"{name}: {hours.checkpoints / total:.0%} of the time goes to checkpoints, which rank 0 writes alone "
-                "while the others wait.",
-                "A faster disk, or fewer checkpoints where failures are rare (checkpoint_every).",
+                "checkpoints", "warning", name, None,
+                f"{name}: {hours.checkpoints / total:.0%} of the time goes to checkpoints: rank 0 copies weights and "
+                "moments while the others wait.",
+                "Fewer checkpoints, where failures are rare (checkpoint_every).",
             )  # fmt: skip
         if hours.failures > MUCH / 2 * total:
             yield Finding(
