@@ -1,5 +1,6 @@
 """The data step: what is kept, held out, cut or dropped, and that the account adds up."""
 
+import gc
 import json
 import random
 from collections import Counter
@@ -14,7 +15,9 @@ from graftlm.errors import DiskError, UserError
 from graftlm.recipe import Data
 from graftlm.text.corpus import DataReport, prepare_data, read_conversations
 from graftlm.text.counting import quantile
+from graftlm.text.dialogue import Conversation, Rendered
 from graftlm.text.rows import TokenRows
+from graftlm.text.rows_file import RowsFile
 from graftlm.text.templates import CARD, Template
 from graftlm.text.tokenizer import Tokenizer
 
@@ -174,6 +177,42 @@ def test_shards_are_one_source_and_many_chunks_are_as_one(
         found.append((digests["ids.npy"], digests["offsets.npy"], report.dropped, report.length_quantiles))
     assert found[0] == found[1]
     assert found[0][2]["exact duplicate"] == 7
+
+
+def test_no_list_of_all_dialogues_is_kept(
+    tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When token rows are finished, of 500 dialogues no more are alive than a batch of them."""
+    monkeypatch.setattr("graftlm.text.fit.BATCH_DIALOGUES", 50)
+    alive: list[int] = []
+    finish = RowsFile.finish
+
+    def count_and_finish(file: RowsFile, meta: dict[str, Any]) -> None:
+        alive.append(sum(isinstance(found, Conversation | Rendered) for found in gc.get_objects()))
+        finish(file, meta)
+
+    monkeypatch.setattr(RowsFile, "finish", count_and_finish)
+    report = prepare(tmp_path, llama_tokenizer, sources=numbered(500), heldout_rows=5, near_duplicates=1.0)
+    assert report.rows_kept == 495
+    assert max(alive) <= 3 * 50
+
+
+def test_an_interrupted_step_leaves_nothing_and_is_done_anew(
+    tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while rows are rendered: no half file, no dialogues left on disk."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sources = numbered(30)
+    with monkeypatch.context() as patched:
+        patched.setattr("graftlm.text.fit.render_many", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, llama_tokenizer, sources=sources, heldout_rows=2)
+    assert list((tmp_path / "out").iterdir()) == []
+    check_account(prepare(tmp_path, llama_tokenizer, sources=sources, heldout_rows=2))
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def test_quantiles_of_counts_are_those_of_the_numbers() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from near_reference import near_fates
 
-from graftlm.text import duplicates, near, shelf
+from graftlm.text import duplicates, near, piles, shelf
 from graftlm.text.dialogue import Conversation, Message
 from graftlm.text.duplicates import Marks, asked_in, gives_away
 from graftlm.text.near import MISSED_SHARE, NUM_PERMUTATIONS, drop_near_duplicates, rows_per_band, shingles
@@ -55,6 +55,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were many rows: a chunk is soon full."""
     for module in (duplicates, near, shelf):
         monkeypatch.setattr(module, "CHUNK", 128)
+    monkeypatch.setattr(piles, "KEPT_BYTES", 2**14)
 
 
 def test_exact_duplicates_go_and_near_misses_stay(tmp_path: Path) -> None:
@@ -140,12 +141,17 @@ def test_the_search_on_disk_drops_what_the_one_in_memory_drops(tmp_path: Path, t
     assert min(expected.count(fate) for fate in ("kept", "near", "leak")) >= 8
 
 
-def test_piles_hold_every_record_once_and_in_order(tmp_path: Path) -> None:
-    piles = Piles(tmp_path / "piles", np.int64)
-    for begin in (0, 500):
-        records = np.arange(begin, begin + 500)
-        piles.add(records % 7, records)
-    assert [pile.tolist() for pile in piles] == [list(range(first, 1000, 7)) for first in range(7)]
+@pytest.mark.parametrize("kept_bytes", [1, 5000, 2**22])
+def test_piles_hold_every_record_once_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    """All on disk, the later ones in memory, all in memory."""
+    monkeypatch.setattr(piles, "KEPT_BYTES", kept_bytes)
+    found = Piles(tmp_path / "piles", np.int64)
+    for begin, end in ((0, 500), (500, 900), (900, 1000)):
+        records = np.arange(begin, end)
+        found.add(records % 7, records)
+    assert [pile.tolist() for pile in found] == [list(range(first, 1000, 7)) for first in range(7)]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.75, 0.9, 0.99, 1.0])

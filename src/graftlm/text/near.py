@@ -5,7 +5,8 @@ shingles themselves decide, so that nothing is dropped on an estimate. Owns that
 is there: one that is near to an earlier one which is kept, or to a held-out one, gets its fate.
 
 Three passes, each over files: signatures of all dialogues; those that share a band of theirs, found by sorting; then,
-in order, each dialogue against the ones before it that it shares a band with.
+in order, each dialogue against the ones before it that it shares a band with. Those that share one band lie in memory
+together, and are compared each with each: where all rows have one long frame, both grow with their number.
 
 Shapes: N dialogues of a chunk, B bands, P permutations, K candidates.
 

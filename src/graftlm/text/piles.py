@@ -12,28 +12,48 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_PILES = 256
+KEPT_BYTES = 2**22
+"""Records that are kept in memory before they are written: few files where there are few."""
 
 
 class Piles:
     """Records of one structured dtype, in `NUM_PILES` files below `folder`; within a pile in the order of adding."""
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike) -> None:
-        folder.mkdir(parents=True)
         self._folder, self._dtype = folder, np.dtype(dtype)
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self._kept_bytes = 0
 
     def add(self, piles_N: np.ndarray, records_N: np.ndarray) -> None:
-        """Put every record on its pile (0 to NUM_PILES - 1). Files are opened in turn: no handle is held."""
+        """Put every record on its pile (0 to NUM_PILES - 1)."""
+        self._kept.append((piles_N, records_N))
+        self._kept_bytes += records_N.nbytes
+        if self._kept_bytes >= KEPT_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        """Files are opened in turn: no handle is held."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for pile, records in enumerate(self._sorted()):
+            if len(records):
+                with self._file(pile).open("ab") as stream:
+                    stream.write(records.tobytes())
+        self._kept, self._kept_bytes = [], 0
+
+    def _sorted(self) -> list[np.ndarray]:
+        """What is kept of each pile."""
+        piles_N = np.concatenate([np.zeros(0, np.int64), *(piles for piles, _ in self._kept)])
+        records_N = np.concatenate([np.zeros(0, self._dtype), *(records for _, records in self._kept)])
         order_N = np.argsort(piles_N, kind="stable")
-        bounds = np.searchsorted(piles_N[order_N], np.arange(NUM_PILES + 1))
-        for pile in np.flatnonzero(np.diff(bounds)).tolist():
-            with self._file(pile).open("ab") as stream:
-                stream.write(records_N[order_N[bounds[pile] : bounds[pile + 1]]].tobytes())
+        return np.split(records_N[order_N], np.searchsorted(piles_N[order_N], np.arange(1, NUM_PILES)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Every pile that holds anything, by number."""
-        for pile in range(NUM_PILES):
+        for pile, kept in enumerate(self._sorted()):
             if self._file(pile).is_file():
-                yield np.fromfile(self._file(pile), self._dtype)
+                yield np.concatenate([np.fromfile(self._file(pile), self._dtype), kept])
+            elif len(kept):
+                yield kept
 
     def _file(self, pile: int) -> Path:
         return self._folder / f"{pile:03}"
