@@ -141,7 +141,7 @@ def test_the_search_on_disk_drops_what_the_one_in_memory_drops(tmp_path: Path, t
     assert min(expected.count(fate) for fate in ("kept", "near", "leak")) >= 8
 
 
-@pytest.mark.parametrize("kept_bytes", [1, 5000, 2**22])
+@pytest.mark.parametrize("kept_bytes", [1, 5000, 2**20])
 def test_piles_hold_every_record_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_PILES = 256
-KEPT_BYTES = 2**22
+KEPT_BYTES = 2**20
 """Records that are kept in memory before they are written: few files where there are few."""
 
 
