@@ -24,6 +24,7 @@ from graftlm.errors import RankLost, UserError
 from graftlm.recipe_file import load_recipe
 from graftlm.run import read_json, read_metrics
 from graftlm.training.place import Place
+from graftlm.training.stacks import SILENT
 
 OVERRIDES = ("report.exact_questions=null", "report.num_samples=0")  # what rank 0 does alone is tested elsewhere
 
@@ -144,6 +145,10 @@ def test_gpus_starts_ranks_and_after_a_kill_or_a_hang_the_same_command_goes_on(r
         assert says in log.read_text()
         assert "Traceback" not in log.read_text()
         assert not any(Path(f"/proc/{one}").exists() for one in ids)
+        if number == signal.SIGSTOP:  # nothing could be learned of it; of the other, where it waited
+            assert f"What every thread of each was doing then: {run / 'stacks'}" in log.read_text()
+            assert (run / "stacks" / "rank-1.txt").read_text() == SILENT
+            assert "in train" in (run / "stacks" / "rank-0.txt").read_text()
     assert begun(recipe, run, log, "--gpus", "2").wait(120) == 0, log.read_text()
     assert "continuing after step" in log.read_text()
     assert begun(recipe, tmp_path / "whole", log, "--gpus", "2").wait(120) == 0, log.read_text()
