@@ -2,7 +2,7 @@
 
     python bench/checkpoints.py [--quick] [--out bench/results/DATE-cpu-checkpoints.json]
 
-A random Llama of 58 million parameters, full training in fp32: weights and Adam's two moments, a save every fourth step,
+A random Llama of 58 million parameters, full training in fp32: weights and two moments, a save every fourth step,
 A/B/A. `waited` is what training stood still for, from the run's own metrics; `written` the seconds of building,
 hashing, flushing and renaming; step times are those of steps during which nothing was written, and those in which a
 write went on. Gate: every file of the last checkpoint and the trained weights are the same bytes in all arms.
