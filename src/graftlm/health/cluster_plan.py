@@ -18,7 +18,7 @@ from graftlm.health.memory import GIB, WIDE
 from graftlm.health.plan import StagePlan
 from graftlm.run import duration
 
-PREPARED_TOKENS_A_SECOND = 430_000
+PREPARED_TOKENS_A_SECOND = 500_000
 """Tokens that one core reads, cleans, renders and writes a second: measured (bench/data.py)."""
 HASHED_BYTES_A_SECOND = 1e9  # of token rows, whose sha256 is checked as a stage begins: assumed
 ROW_BYTES = 16  # of a row beside its tokens: where it begins, and the bytes it spells
