@@ -160,9 +160,13 @@ def test_saved_is_only_said_of_what_is_saved(tmp_path: Path, monkeypatch: pytest
     gate = Gate(monkeypatch)
     gate.open()
     run = run_of(stage, tmp_path / "run")
-    after_step(monkeypatch, run, 3, lambda: (gate.close(), setattr(run.stop, "is_asked", True)))
-    opening = threading.Timer(0.3, gate.open)
-    opening.start()
+
+    def ask_with_a_slow_disk() -> None:
+        run.stop.is_asked = True
+        gate.close()
+        threading.Timer(0.3, gate.open).start()
+
+    after_step(monkeypatch, run, 3, ask_with_a_slow_disk)
     with pytest.raises(Interrupted, match="stopped after step 3 of 6, saved"):
         run.run()
     assert load_checkpoint(step_folder(run.checkpoints, 3)).values["step"] == 3

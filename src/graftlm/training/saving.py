@@ -112,7 +112,10 @@ class Saver:
             except UserError as error:
                 say(error.problem)  # what ended the stage is told after it
             raise
-        self.wait()
+        else:
+            self.wait()
+        finally:
+            self._memory.clear()
 
     def _told(self, write: _Write, began: float) -> None:
         write.waited_seconds += time.perf_counter() - began
