@@ -84,7 +84,7 @@ def arm(size: dict[str, int], beside: bool, scratch: Path | None) -> tuple[dict[
 
 
 def told(found: dict[str, Any]) -> dict[str, float]:
-    """Medians of an arm, without its first save, which takes memory, and the last, which the end of the stage waits for."""
+    """Medians of an arm, without its first save, which takes memory, and the last, which is waited for at the end."""
     return {
         name: statistics.median(found[name][1:-1] if name in ("waited_seconds", "written_seconds") else found[name])
         for name in ("waited_seconds", "written_seconds", "seconds_of_steps_after_a_save", "seconds_of_other_steps")
