@@ -37,14 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftlm.device import Precision
 from graftlm.errors import NumericalStop
-from graftlm.model.causal import load_causal
+from graftlm.model.causal import body_of, load_causal
+from graftlm.model.packed import attend_packed
 from graftlm.pipeline import preflight_recipe
 from graftlm.recipe import Stage
 from graftlm.recipe_file import load_recipe
 from graftlm.run import read_metrics, write_json
 from graftlm.text.rows import TokenRows
 from graftlm.text.tokenizer import load_tokenizer
-from graftlm.training.heldout import heldout_losses
+from graftlm.training.heldout import RowLosses, heldout_losses
 from graftlm.training.recorder import Recorder
 from graftlm.training.stage import StageRun
 
@@ -89,6 +90,12 @@ def knobs(arm: str, seed: int) -> dict[str, Any]:
     return {**own, "seed": seed}
 
 
+def judged(model: Any, heldout: TokenRows) -> RowLosses:
+    """Held-out losses in fp32."""
+    attend_packed(body_of(model))  # a finished stage leaves it attending as transformers does, from row to row
+    return heldout_losses(model, heldout, FP32, 8192)
+
+
 def train(
     model: Any, stage: Stage, rows: TokenRows, heldout: TokenRows, folder: Path, first_new_id: int, arm: str,
     is_native: bool,
@@ -130,7 +137,7 @@ def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, rec
             place.mkdir(parents=True)
             part = cut(rows, share)
             model = train(model, stage, part, heldout, place, first_new_id, arm, is_native)
-        losses = heldout_losses(model, heldout, FP32, 8192)
+        losses = judged(model, heldout)
         found |= {"ending": "finished", "loss": losses.loss_per_target, "bits_per_byte": losses.bits_per_byte}
     except NumericalStop as stop:
         found |= {"ending": "stopped", "text": stop.problem, "loss": None}
@@ -223,7 +230,7 @@ def main() -> None:
     assert first_new_id is not None
     file = given.out / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {"steps": given.steps, "cells": []}
-    results["untrained_loss"] = heldout_losses(load_causal(prepared / "2-base"), heldout, FP32, 8192).loss_per_target
+    results["untrained_loss"] = judged(load_causal(prepared / "2-base"), heldout).loss_per_target
     done = {(c["order"], c["arm"], c["rate"], c["seed"], c["change"]) for c in results["cells"]}
     for key in grid(given.seeds, given.rates):
         if key in done:
