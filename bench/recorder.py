@@ -58,7 +58,7 @@ def seconds_of(trains: dict, with_recorder: bool) -> tuple[list[float], list[flo
                 inside.append(time.perf_counter() - began)
                 return found
 
-        run.recorder = Timed(run.roles)
+        run.recorder = Timed(run.parts.roles)
         run.run()
         steps = [json.loads(line) for line in run.metrics.path.read_text().splitlines()]
     seconds = [line["seconds"] for line in steps if line["event"] == "step"]

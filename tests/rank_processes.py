@@ -23,21 +23,22 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+def environment(rank: int, count: int, port: int, local_count: int = 0) -> dict[str, str]:
+    """What torchrun sets, on machines of `local_count` ranks each (0: on one)."""
+    beside = local_count or count
     return {
-        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count),
+        "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank % beside), "LOCAL_WORLD_SIZE": str(beside),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
 
 
 def started(
-    count: int, work: Callable[..., Any], *given: Any, folder: Path, only: set[int] | None = None
+    count: int, work: Callable[..., Any], *given: Any, folder: Path, only: set[int] | None = None, local_count: int = 0
 ) -> dict[int, Any]:
     """Start `work(*given)` as each of `count` ranks (of them `only` these); `folder`/RANK.err takes what it tells."""
     port, processes = free_port(), {}
     for rank in sorted(only or range(count)):
-        processes[rank] = _server.Process(target=_work, args=(rank, count, port, folder, work, given))
+        processes[rank] = _server.Process(target=_work, args=(rank, count, port, local_count, folder, work, given))
         processes[rank].start()
     return processes
 
@@ -56,29 +57,33 @@ def ended(processes: dict[int, Any], seconds: float = OUTER_SECONDS) -> dict[int
     return {rank: process.exitcode for rank, process in processes.items()}
 
 
-def on_ranks(count: int, work: Callable[..., Any], *given: Any, folder: Path) -> list[Any]:
+def on_ranks(
+    count: int, work: Callable[..., Any], *given: Any, folder: Path, shard: Any = "none", local_count: int = 0
+) -> list[Any]:
     """What `work(ranks, *given)` returned (plain JSON) on each rank, all of which ended well."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes = ended(started(count, _with_ranks, work, *given, folder=folder))
+    codes = ended(started(count, _with_ranks, shard, work, *given, folder=folder, local_count=local_count))
     said = {rank: (folder / f"{rank}.err").read_text() for rank in codes}
     assert set(codes.values()) == {0}, f"{codes} {said}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def _with_ranks(work: Callable[..., Any], *given: Any) -> Any:
+def _with_ranks(shard: Any, work: Callable[..., Any], *given: Any) -> Any:
     import torch
 
     from graftlm.training.joining import joined
     from graftlm.training.place import place_here
 
-    with joined(place_here(), {}, torch.device("cpu"), 30.0, 30.0) as ranks:
+    with joined(place_here(), {}, torch.device("cpu"), 30.0, 30.0, shard) as ranks:
         return work(ranks, *given)
 
 
-def _work(rank: int, count: int, port: int, folder: Path, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, count: int, port: int, local_count: int, folder: Path, work: Callable[..., Any], given: tuple[Any, ...]
+) -> None:
     import torch
 
-    os.environ.update(environment(rank, count, port), OMP_NUM_THREADS="1")
+    os.environ.update(environment(rank, count, port, local_count), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     with (folder / f"{rank}.err").open("w", encoding="utf-8") as errors, contextlib.redirect_stderr(errors):
         try:

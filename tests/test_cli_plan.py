@@ -59,7 +59,7 @@ def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
     assert "not even one row fits" in out
     assert "sharded       predicted, over 8: 2" in out
     assert out.count("data parallel predicted, over 8: ") == 1  # the stage that fits one device
-    assert "Sharding weights and moments is not built yet" in " ".join(out.split())
+    assert "with ranks.shard=full, predicted: full 2" in " ".join(out.split())
     assert "CUDA 12.6 build" in out
     assert "Try " not in out
 
@@ -113,6 +113,16 @@ def test_a_trillion_tokens_name_what_breaks(run: Run) -> None:
     assert "Every rank holds all token rows and the order of an epoch" in told
 
 
+def test_eight_v100_take_a_7b_whose_layers_are_shared_out(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "v100-32", "--gpus", "8", "ranks.shard=full")
+    assert (code, err) == (0, "")
+    assert out.startswith("llama2-7b-chinese on each of 8 NVIDIA V100 SXM2 32 GB (31.7 GiB): fits as it is\n")
+    assert "gathered layers" in out
+    assert "holds one part in 8 of each layer" in " ".join(out.split())
+    found = json.loads(run(CARD, "--on", "h200", "--gpus", "8", "--nodes", "2", "ranks.shard=hybrid", "--json")[1])
+    assert (found["num_parts"], found["num_devices"], found["sharded"]) == (8, 16, None)
+
+
 def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run) -> None:
     code, out, err = run(ROOT / "recipes" / "demo.yaml", "--on", "cpu", "--gpus", "2", "--json")
     found = json.loads(out)
@@ -140,6 +150,11 @@ def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run)
             "--failures may be 0",
         ),
         (["--on", "h200", "--tokens", "12"], "--tokens 12 is less than one row has.", "1e9"),
+        (
+            ["--on", "v100-32", "--gpus", "8", "ranks.shard=hybrid"],
+            "ranks.shard=hybrid shards within machines and copies between them, and this is one machine.",
+            "Set ranks.shard=full.",
+        ),
         (["--on", "h200", "base.model=nobody/none"], "The shape of nobody/none is not known", "Check the name"),
     ],
 )

@@ -72,6 +72,13 @@ def test_gpus_under_torchrun_are_refused(recipe: Path) -> None:
         launch(2, Place(1, 2, 1, 2), load_recipe(recipe), [])
 
 
+def test_what_cannot_be_shared_out_is_refused(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"ranks.shard=hybrid shards within machines .* this is one machine"):
+        launch(2, Place(), load_recipe(recipe, ["ranks.shard=hybrid"]), [])
+    with pytest.raises(UserError, match=r"nf4 cannot be shared out over ranks: take exact, or ranks.shard none"):
+        load_recipe(recipe, ["stages.lora.frozen_base=nf4", "ranks.shard=full"])
+
+
 def failures(**codes: int) -> Any:
     return SimpleNamespace(failures={int(rank[1:]): SimpleNamespace(exitcode=code) for rank, code in codes.items()})
 

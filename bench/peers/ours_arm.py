@@ -101,7 +101,7 @@ def train_stage(
     first = stage_run.steps.micro_batches(0, device)
     result.facts |= {
         "num_targets": sum(len(batch.targets_N) for batch in first),
-        "num_learning_parameters": sum(p.numel() for role in stage_run.roles.values() for p in role),
+        "num_learning_parameters": sum(p.numel() for role in stage_run.parts.roles.values() for p in role),
         "dtypes": sorted({str(p.dtype) for p in stage_run.model.parameters()}),
         "optimizer": type(stage_run.optimizer).__name__,
     }

@@ -13,7 +13,7 @@ import platform
 import random
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +197,8 @@ class Precision:
     """How numbers are held in a step: trained weights are fp32 masters, matrix products run in `compute_dtype`.
 
     Under fp16 the loss is scaled before backward and gradients are unscaled before clipping; a step whose
-    gradients are not finite is skipped in every precision, so no such step ever touches a weight.
+    gradients are not finite is skipped in every precision, so no such step ever touches a weight. `keeps_copies`: a
+    weight's copy in 16 bits is kept until the forward pass is over.
     """
 
     compute_dtype: torch.dtype
@@ -205,6 +206,7 @@ class Precision:
     scaler: LossScaler | None = None
     max_skips_in_a_row: int = 60
     skips_in_a_row: int = 0
+    keeps_copies: bool = True
 
     @property
     def name(self) -> str:
@@ -220,20 +222,26 @@ class Precision:
         """The context in which the forward pass runs."""
         if self.compute_dtype not in (torch.bfloat16, torch.float16):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=self.keeps_copies)
 
     def grad_factor(self, num_targets: int) -> float:
         """What a summed loss is multiplied by before backward: loss scale over the step's number of targets."""
         return self.loss_scale / max(num_targets, 1)
 
     def unscale_and_clip(
-        self, groups: dict[str, list[torch.nn.Parameter]], max_norm: float
+        self,
+        groups: dict[str, list[torch.nn.Parameter]],
+        max_norm: float,
+        norms_of: Callable[[dict[str, list[torch.nn.Parameter]]], dict[str, float]] | None = None,
     ) -> tuple[float, dict[str, float]]:
-        """Divide the scale out, clip the global norm; returns it and the norm by group, both before clipping."""
+        """Divide the scale out, clip the global norm; returns it and the norm by group, both before clipping.
+
+        `norms_of` takes the norms where a gradient's other parts lie elsewhere.
+        """
         gradients = [p.grad for group in groups.values() for p in group if p.grad is not None]
         if gradients and self.loss_scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
-        norms = {name: _norm(p.grad for p in group if p.grad is not None) for name, group in groups.items()}
+        norms = (norms_of or gradient_norms)(groups)
         total = math.sqrt(sum(norm * norm for norm in norms.values()))
         if math.isfinite(total) and total > max_norm:
             torch._foreach_mul_(gradients, max_norm / total)
@@ -256,6 +264,11 @@ class Precision:
                 "Lower peak_lr, use precision bf16 or fp32, or look for broken rows in the data.",
             )
         return is_finite
+
+
+def gradient_norms(groups: Mapping[str, Sequence[torch.nn.Parameter]]) -> dict[str, float]:
+    """The 2-norm of each group's gradients."""
+    return {name: _norm(p.grad for p in group if p.grad is not None) for name, group in groups.items()}
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

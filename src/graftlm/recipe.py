@@ -301,9 +301,14 @@ class Card(Section):
     data_license: str | None = None
 
 
-class RankWaits(Section):
-    """How long the processes of a run that trains on several devices wait for one another. Changes no result."""
+Shard = Literal["none", "full", "hybrid"]
 
+
+class RankSettings(Section):
+    """How the processes of a run that trains on several devices share its weights, and how long they wait for one
+    another. Changes no result but by the order of sums."""
+
+    shard: Shard = "none"
     join_seconds: Count = 300
     timeout_seconds: Count = 600
 
@@ -322,7 +327,7 @@ class Recipe(Section):
     export: Export = Export()
     report: Report = Report()
     card: Card = Card()
-    ranks: RankWaits = RankWaits()
+    ranks: RankSettings = RankSettings()
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
@@ -336,6 +341,12 @@ class Recipe(Section):
                 yield (*where, "name"), f"an earlier stage is named {name} too: give each its own name"
             if isinstance(name, str) and name in STEP_NAMES:
                 yield (*where, "name"), f"{name} is the name of a step of every run: give the stage another"
+            frozen = stage.get("frozen_base", "exact")
+            if frozen != "exact" and values_of(given.get("ranks")).get("shard", "none") != "none":
+                yield (
+                    (*where, "frozen_base"),
+                    f"{frozen} cannot be shared out over ranks: take exact, or ranks.shard none",
+                )
             if stage.get("objective") == "text" and not values_of(given.get("data")).get("text"):
                 yield (*where, "objective"), "a stage with objective text needs data.text"
             trains = values_of(stage.get("trains")).get("kind")

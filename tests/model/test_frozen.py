@@ -92,7 +92,7 @@ def test_a_stage_gives_exact_weights_back(tmp_path: Path) -> None:
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = StageRun(model, stage, make_rows(), {}, tmp_path, CPU, None)
-    assert run.held.replaced
+    assert run.prepared.held.replaced
     assert take_look(run.model, run.steps, stage, run.precision, None).first_loss
     after = run.untrained_model()
     assert all(torch.equal(p, before[name]) for name, p in after.named_parameters())

@@ -5,9 +5,20 @@ import pytest
 import torch
 
 from graftlm.device import Precision
+from graftlm.model.causal import body_of
 from graftlm.model.packed import attend_packed
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import NO_SPARING, Sparing, _order, common_prefix, make_batch, pack, row_batches
+from graftlm.training.batches import (
+    NO_SPARING,
+    Sparing,
+    Steps,
+    _order,
+    common_prefix,
+    idle_batch,
+    make_batch,
+    pack,
+    row_batches,
+)
 from graftlm.training.loop import response_loss_sum
 from tests.training.tiny_training import tiny_model
 
@@ -28,6 +39,34 @@ FRAMED = rows_of([
     ([1, 5, 6, 7, 9, 10, 11, 30, 2], [0, 0, 0, 0, 0, 0, 0, 1, 1]),
 ])  # fmt: skip
 LEARNED = rows_of([([1, *range(5, 30)], [0] + [1] * 25)] * 3)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_that_must_take_equally_many_passes_do(num_ranks: int) -> None:
+    """Every row once; whoever has fewer takes passes of no row, without a target."""
+    rows = rows_of([([1] * length, [0] + [1] * (length - 1)) for length in (16, 16, 16, 5, 16, 9, 8, 7, 6)])
+    given = {"batch_rows": 4, "micro_batch_tokens": 30, "epochs": 1, "seed": 1, "num_ranks": num_ranks}
+    of_ranks = [Steps(rows, rank=rank, is_even=True, **given) for rank in range(num_ranks)]
+    idle = 0
+    for step in range(of_ranks[0].num_steps):
+        batches = [steps.micro_batches(step, CPU) for steps in of_ranks]
+        assert len({len(own) for own in batches}) == 1
+        taken = [row for own in batches for batch in own for row in batch.row_ids]
+        assert sorted(taken) == sorted(of_ranks[0].row_ids(step))
+        spare = [batch for own in batches for batch in own if not batch.row_ids]
+        assert all(len(batch.targets_N) == 0 for batch in spare)
+        idle += len(spare)
+    assert idle
+
+
+def test_an_idle_pass_gives_every_weight_a_gradient_of_zero() -> None:
+    """What is summed over ranks must be there on all of them."""
+    model = tiny_model()
+    attend_packed(body_of(model))
+    loss = response_loss_sum(model.train(), idle_batch(CPU), Precision(torch.float32, CPU))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_packing_is_deterministic_and_within_the_budget() -> None:

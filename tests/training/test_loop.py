@@ -14,6 +14,8 @@ from graftlm.text.rows import TokenRows
 from graftlm.training import loop as loop_module
 from graftlm.training.batches import Steps, row_batches
 from graftlm.training.loop import StepRecord, response_loss_sum, train
+from graftlm.training.parts import parts_of
+from graftlm.training.ranks import ALONE
 
 CPU = torch.device("cpu")
 # What the sums' order alone may change. Source: eps of each dtype times the depth of the tiny model, measured.
@@ -99,7 +101,7 @@ def run_steps(rows: TokenRows, micro_batch_tokens: int = 24, **keys) -> tuple[li
     given = {
         "first_step": 0, "num_updates": 0, "lr_at": lambda _: 1.0,
         "optimizer": torch.optim.AdamW([{"params": list(model.parameters()), "peak_lr": 1e-2}], weight_decay=0.0),
-        "groups": {"body": list(model.parameters())}, "precision": Precision(torch.float32, CPU),
+        "parts": parts_of(model, ALONE), "precision": Precision(torch.float32, CPU),
         "max_grad_norm": 1e9, "on_step": [records.append], **keys,
     }  # fmt: skip
     train(model, steps, **given)
@@ -169,5 +171,5 @@ def test_records_tell_what_the_step_did() -> None:
     records, _ = run_steps(make_rows())
     assert [record.step for record in records] == [1, 2, 3]
     assert sum(record.num_rows for record in records) == 12
-    assert all(record.grad_norm == pytest.approx(record.grad_norms["body"]) for record in records)
+    assert all(record.grad_norm == pytest.approx(math.hypot(*record.grad_norms.values())) for record in records)
     assert all(record.lr == 1e-2 and record.loss_scale == 1.0 for record in records)

@@ -79,10 +79,10 @@ def test_without_new_pieces_everything_is_old_rows() -> None:
 def test_saved_weights_must_be_those_that_learn() -> None:
     model = prepare_model(tiny_model(), make_stage(NEW_ROWS).trains, FIRST_NEW_ID, seed=0)
     saved = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}
-    copy_weights(model, saved)
+    copy_weights(trainable_parameters(model), saved)
     assert all((p == 1).all() for p in trainable_parameters(model).values())
     name = next(iter(saved))
     with pytest.raises(UserError, match="is on one side only"):
-        copy_weights(model, {**saved, "more": torch.ones(1)})
+        copy_weights(trainable_parameters(model), {**saved, "more": torch.ones(1)})
     with pytest.raises(UserError, match=r"has shape \[1, 16\], this model's \[8, 16\]"):
-        copy_weights(model, {**saved, name: torch.ones(1, 16)})
+        copy_weights(trainable_parameters(model), {**saved, name: torch.ones(1, 16)})

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from graftlm.model.causal import new_causal
+from graftlm.model.sharded import own_part
 from graftlm.recipe import Stage
 from graftlm.run import read_metrics
 from graftlm.text.rows import TokenRows
@@ -54,9 +55,10 @@ def make_stage(trains: dict[str, Any], **knobs: Any) -> Stage:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
+    """Of layers shared out, this rank's parts."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + own_part(tensor).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -51,7 +51,8 @@ def _run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None
     device = pick_device(recipe.device)
     ranks: Any = None
     try:
-        with joined(place, told, device, recipe.ranks.timeout_seconds, recipe.ranks.join_seconds) as ranks:
+        own = recipe.ranks
+        with joined(place, told, device, own.timeout_seconds, own.join_seconds, own.shard) as ranks:
             if ranks.is_first:
                 return run_recipe(recipe, folder, ranks=ranks)
             use_all_cores()
@@ -86,6 +87,8 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
     from torch.distributed.run import run as torchrun
 
     from graftlm.device import num_cores, pick_device
+    from graftlm.training.joining import refuse_uneven_machines
+    from graftlm.training.place import Place
 
     if place.count > 1:
         raise UserError(
@@ -96,6 +99,8 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
         there = torch.cuda.device_count()
         raise UserError(f"--gpus {num_ranks}: this machine has {there}.", f"Ask for at most {there}.")
     _refuse_more_ranks_than_rows(num_ranks, recipe)
+    if recipe.ranks.shard == "hybrid":
+        refuse_uneven_machines(Place(0, num_ranks, 0, num_ranks))
     logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below
     # torchrun would give every rank one thread; a machine's cores are shared out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))

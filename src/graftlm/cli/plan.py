@@ -67,7 +67,8 @@ def plan(
     wishes = [with_tokens(wish, tokens) for wish in wishes] if tokens is not None else wishes
     if not device.is_cpu:
         _check_shares(wishes, num_devices)
-    plans = [plan_stage(wish, device, num_devices) for wish in wishes]
+    num_parts = _num_parts(loaded, gpus, nodes) if not device.is_cpu else 1
+    plans = [plan_stage(wish, device, num_devices, num_parts) for wish in wishes]
     found = _result(loaded, device, num_devices, plans, hazards_of(plans, device, num_devices), told)
     found["cluster"] = None if cluster is None else cluster_result(plans, device, cluster)
     if as_json:
@@ -75,6 +76,17 @@ def plan(
     else:
         predicted = cluster_told(found["cluster"]) if found["cluster"] else ()
         print("\n".join(map(plain, [*_told(found), *predicted, *_next(found, recipe)])))
+
+
+def _num_parts(recipe: Recipe, gpus: int, nodes: int) -> int:
+    """Into how many parts the layers are cut. Raises UserError where ranks.shard asks for what cannot be."""
+    from graftlm.training.joining import refuse_uneven_machines
+    from graftlm.training.place import Place
+
+    if recipe.ranks.shard == "hybrid":
+        refuse_uneven_machines(Place(0, gpus * nodes, 0, gpus))
+        return gpus
+    return gpus * nodes if recipe.ranks.shard == "full" else 1
 
 
 def _check_shares(wishes: Sequence[StageWish], num_devices: int) -> None:
@@ -114,6 +126,7 @@ def _result(
         "recipe": recipe.name,
         "device": {"name": device.name, "title": device.title, "memory_gib": device.memory_bytes / GIB},
         "num_devices": num_devices,
+        "num_parts": plans[0].num_parts,
         "num_parameters": plans[-1].size.shape.num_parameters,
         "num_rows": plans[-1].size.shape.num_rows,
         "fits": all(plan.fits for plan in plans),
@@ -146,7 +159,7 @@ def _parallel(plans: list[StagePlan], num_devices: int) -> dict[str, Any] | None
 
 
 def _sharded(plans: list[StagePlan]) -> dict[str, Any] | None:
-    """All stages with weights, gradients and moments shared out too: a prediction, as it is not built."""
+    """All stages with weights, gradients and moments shared out too (ranks.shard=full): a prediction."""
     parts = [plan.sharded for plan in plans if plan.sharded is not None]
     if not parts:
         return None
@@ -204,7 +217,8 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
     verdict = (
         "fits as it is" if found["fits"] else "fits when changed" if found["fits_when_changed"] else "does not fit"
     )
-    yield f"{found['recipe']} on one {device['title']} ({device['memory_gib']:.1f} GiB): {verdict}"
+    where = "one" if found["num_parts"] == 1 else f"each of {found['num_devices']}"
+    yield f"{found['recipe']} on {where} {device['title']} ({device['memory_gib']:.1f} GiB): {verdict}"
     yield f"  parameters    {found['num_parameters']:,} with {found['num_rows']:,} rows"
     if found["hours"] is not None and found["fits_when_changed"]:
         changed = ", with the changes below" if found["changes"] else ""

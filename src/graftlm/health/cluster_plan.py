@@ -98,12 +98,11 @@ def _load(
 ) -> Load | None:
     """What a step asks of the slowest of `num_devices`; None where it does not fit or nothing is known of its speed."""
     wish, rate = plan.wish, rate_of(device, plan.precision)
-    if is_sharded and plan.sharded is not None:
-        budget, is_checkpointing = plan.sharded.micro_batch_tokens, plan.sharded.gradient_checkpointing
-    else:
-        budget, is_checkpointing = plan.micro_batch_tokens, plan.gradient_checkpointing
-    if budget is None or not rate or (is_sharded and plan.sharded is None):
+    is_own_way = is_sharded == (plan.num_parts > 1)
+    way = plan if is_own_way else plan.sharded
+    if way is None or way.micro_batch_tokens is None or not rate or (plan.num_parts > 1 and not is_own_way):
         return None
+    budget, is_checkpointing = way.micro_batch_tokens, way.gradient_checkpointing
     rows, shared = wish.rows, wish.rows.num_shared if wish.is_exact else 0
     own_rows = wish.batch_rows / num_devices
     own_tokens = slowest * own_rows * (rows.mean_tokens - shared)

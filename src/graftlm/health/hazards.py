@@ -72,6 +72,15 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
             f"{num_devices} processes would share this CPU's cores and memory; the plan is for one.",
             "graftlm run --gpus N starts them where it is wanted all the same (bench/ranks.py).",
         )  # fmt: skip
+    elif num_devices > 1 and plans[0].num_parts > 1:
+        yield Finding(
+            "sharded", "note", f"{num_devices} devices", None,
+            f"Each of {num_devices} ranks takes its rows and holds one part in {plans[0].num_parts} of each layer, its "
+            "gradients and moments, and all of embedding, head and last norm; the model lies whole in its "
+            "machine's memory as a stage begins. What is told is one rank's, and no GPU has run it.",
+            "Every weight crosses the wire twice a micro-batch: let them be few and large (micro_batch_tokens), and "
+            "set ranks.shard=none where all stages fit one device.",
+        )  # fmt: skip
     elif num_devices > 1:
         told = ", ".join(
             f"{plan.wish.name} {plan.sharded.peak_gib:.1f} GiB each" for plan in plans if plan.sharded is not None
@@ -79,9 +88,8 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
         yield Finding(
             "data-parallel", "note", f"{num_devices} devices", None,
             f"graftlm run --gpus shares a step's rows out to {num_devices} ranks; each holds what one device holds, "
-            "and the fp32 model in its machine's memory as it begins. Sharding weights and moments is not built yet, "
-            "and no GPU has run either.",
-            f"The figures called sharded are what FSDP2 would need, predicted: {told}.",
+            "and the fp32 model in its machine's memory as it begins. No GPU has run either.",
+            f"The figures called sharded are what each needs with ranks.shard=full, predicted: {told}.",
         )  # fmt: skip
 
 
@@ -116,7 +124,7 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     there = [other.name for other in DEVICES.values() if fits_at_all(wish, other)]
     told = [f"It fits one {', '.join(there)}." if there else "It fits no single device of the table."]
     if plan.sharded is not None and plan.sharded.micro_batch_tokens is not None:
-        told.append(f"Sharded over {plan.sharded.num_devices} it would fit (predicted; sharding is not built yet).")
+        told.append(f"It fits {plan.sharded.num_devices} of these with ranks.shard=full (predicted).")
     lighter = {
         trains: replace(wish, learns=learns)
         for trains, learns in _LESS.items()

@@ -32,8 +32,8 @@ FROZEN = {
     "int8": "frozen weights in 8 bits",
     "nf4": "frozen weights in 4 bits",
 }
-SHARDED = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32")
-"""Items of which full sharding leaves each device its part."""
+HELD = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32")
+"""Items that lie there between passes too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ def _look(size: StageSize) -> Iterator[Moment]:
     wide = replace(size, compute=replace(size.compute, num_bytes=WIDE), batch=size.look, is_accumulating=False)
     held = _held(size, size.gradient_bytes, has_moments=False)
     for moment in _pass(wide):
-        passing = {name: num_bytes for name, num_bytes in moment.items.items() if name not in SHARDED}
+        passing = {name: num_bytes for name, num_bytes in moment.items.items() if name not in HELD}
         gradients = {"gradients fp32": moment.items.get("gradients fp32", 0)}
         yield Moment("look before the first step", held | gradients | passing)
     old_rows = (size.shape.num_rows - size.num_new_rows) * size.shape.hidden_size

@@ -7,14 +7,14 @@ Owns the choice of micro-batch and gradient checkpointing, and the verdict. Size
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from graftlm.health.activations import Compute, Learns
 from graftlm.health.devices import Device, precision_told
 from graftlm.health.hours import Hours, flops_per_token, hours_of
-from graftlm.health.memory import GIB, SHARDED, Moment, StageSize, moments, peak
+from graftlm.health.memory import GIB, Moment, StageSize, peak
 from graftlm.health.row_facts import RowFacts
+from graftlm.health.sharding import peak_of_rank
 from graftlm.model.shapes import Shape
 
 LOOK_ROWS, LOOK_TOKENS = 8, 2048  # as `training/look.py`
@@ -63,7 +63,7 @@ class StageWish:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """What full sharding over several devices would need and take: predicted, as only data parallelism is built."""
+    """What full sharding over several devices (ranks.shard=full) takes: predicted, beside a plan without it."""
 
     num_devices: int
     peak_gib: float
@@ -76,7 +76,8 @@ class Sharded:
 class StagePlan:
     """One stage on one device. `fits`: as the recipe has it. `peak`, `items` (bytes) and `moment` are the recipe's own;
     `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `parallel_hours`:
-    with the rows of a step shared out to several devices, each of which holds what one holds; None for one."""
+    with the rows of a step shared out to several devices, each of which holds what one holds; None for one. With
+    `num_parts` over 1 all is one device's of several over which the layers are shared out, and `hours` theirs."""
 
     wish: StageWish
     precision: str
@@ -90,6 +91,7 @@ class StagePlan:
     size: StageSize
     sharded: Sharded | None
     parallel_hours: float | None = None
+    num_parts: int = 1
 
     @property
     def holds_step(self) -> bool:
@@ -131,16 +133,21 @@ def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_check
     )
 
 
-def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePlan:
-    """The plan of one stage: on one device, rows shared out to `num_devices`, and sharded over them (predicted)."""
+def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, num_parts: int = 1) -> StagePlan:
+    """The plan of one stage: on one device, rows shared out to `num_devices`, and sharded over them (predicted). Or,
+    its layers cut into `num_parts`, on each of those devices."""
     precision, _ = precision_told(device, wish.precision)
-    size = size_of(wish, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
-    worst = peak(size)
+    own = _of_each(wish, num_devices) if num_parts > 1 else wish
+    size = size_of(own, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
+    worst = _peak(size, num_parts)
     needed = with_overhead(worst, device)
-    budget, is_checkpointing = best_setting(wish, device, precision)
+    budget, is_checkpointing = best_setting(own, device, precision, num_parts)
     fits = needed <= device.memory_bytes and wish.micro_batch_tokens >= wish.rows.longest
-    hours = _hours(wish, device, 1, precision, budget, is_checkpointing if budget else wish.gradient_checkpointing)
-    is_parallel = num_devices > 1 and not device.is_cpu
+    hours = _hours(
+        wish, device, num_devices if num_parts > 1 else 1, precision, budget,
+        is_checkpointing if budget else wish.gradient_checkpointing,
+    )  # fmt: skip
+    is_parallel = num_devices > 1 and num_parts == 1 and not device.is_cpu
     return StagePlan(
         wish=wish,
         precision=precision,
@@ -156,7 +163,17 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1) -> StagePl
         parallel_hours=_parallel_hours(wish, device, num_devices, precision, budget, is_checkpointing)
         if is_parallel
         else None,
+        num_parts=num_parts,
     )
+
+
+def _of_each(wish: StageWish, num_devices: int) -> StageWish:
+    """The stage as each of several devices has it, which takes its part of a step's rows."""
+    return replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
+
+
+def _peak(size: StageSize, num_parts: int) -> Moment:
+    return peak(size) if num_parts == 1 else peak_of_rank(size, num_parts)
 
 
 def with_overhead(moment: Moment, device: Device) -> int:
@@ -167,24 +184,24 @@ def with_overhead(moment: Moment, device: Device) -> int:
     return int(own * (1 + FRAGMENTS)) + CONTEXT_BYTES
 
 
-def best_setting(wish: StageWish, device: Device, precision: str, num_devices: int = 1) -> tuple[int | None, bool]:
+def best_setting(wish: StageWish, device: Device, precision: str, num_parts: int = 1) -> tuple[int | None, bool]:
     """The largest micro-batch that fits, and whether activations must be computed again for it.
 
     Without computing again where enough tokens fit so (or the whole step does); None where not even one row does.
     """
-    plain = _largest(wish, device, precision, False, num_devices)
+    plain = _largest(wish, device, precision, False, num_parts)
     enough = min(ENOUGH_TOKENS[device.is_cpu], wish.whole_step_tokens, wish.micro_batch_tokens)
     if plain is not None and plain >= enough:
         return plain, False
-    again = _largest(wish, device, precision, True, num_devices)
+    again = _largest(wish, device, precision, True, num_parts)
     return (again, True) if again is not None else (plain, plain is None)
 
 
-def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: bool, num_devices: int) -> int | None:
+def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: bool, num_parts: int) -> int | None:
     """The most tokens that fit, by halving; a multiple of `STEP_OF_TOKENS`, at least the longest row's."""
 
     def fits(budget: int) -> bool:
-        return _fits(wish, device, precision, budget, is_checkpointing, num_devices)
+        return _fits(wish, device, precision, budget, is_checkpointing, num_parts)
 
     low = -(-wish.rows.longest // STEP_OF_TOKENS)
     whole = -(-wish.whole_step_tokens // STEP_OF_TOKENS)
@@ -199,11 +216,10 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
 
 
 def _fits(
-    wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, num_devices: int = 1
+    wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, num_parts: int = 1
 ) -> bool:
     size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
-    worst = peak(size) if num_devices == 1 else _shard(size, num_devices)
-    return with_overhead(worst, device) <= device.memory_bytes
+    return with_overhead(_peak(size, num_parts), device) <= device.memory_bytes
 
 
 def fits_at_all(wish: StageWish, device: Device) -> bool:
@@ -236,40 +252,16 @@ def _parallel_hours(
     """Each device takes its part of a step's rows and updates every parameter; None where it holds not even one row."""
     if budget is None:
         return None
-    own = replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
+    own = _of_each(wish, num_devices)
     return _hours(own, device, num_devices, precision, budget, is_checkpointing, False, wish.num_steps).hours
 
 
 def _sharded(wish: StageWish, device: Device, num_devices: int, precision: str) -> Sharded:
     """Each device takes its part of a step's rows; memory is that of the recipe's micro-batch, or of what fits."""
-    own = replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
+    own = _of_each(wish, num_devices)
     most, is_checkpointing = best_setting(own, device, precision, num_devices)
     budget = min(most or wish.rows.longest, max(wish.micro_batch_tokens, wish.rows.longest))
-    needed = with_overhead(
-        _shard(size_of(own, precision, device.is_cpu, budget, is_checkpointing), num_devices), device
-    )
+    size = size_of(own, precision, device.is_cpu, budget, is_checkpointing)
+    needed = with_overhead(peak_of_rank(size, num_devices), device)
     hours = _hours(wish, device, num_devices, precision, most, is_checkpointing).hours if most else None
     return Sharded(num_devices, needed / GIB, most, is_checkpointing, hours)
-
-
-def _shard(size: StageSize, num_devices: int) -> Moment:
-    """The worst moment with weights, gradients and moments divided by N (FSDP2, resharded after forward).
-
-    Whole at a time: two layers' weights and the vocabulary's in the computed dtype, and a layer's gradients. There is
-    no autocast: nothing else is copied.
-    """
-    return max(_shards(replace(size, is_accumulating=True), num_devices), key=lambda moment: moment.num_bytes)
-
-
-def _shards(size: StageSize, num_devices: int) -> Iterator[Moment]:
-    b = size.compute.num_bytes
-    gathered = (2 * size.shape.layer_matrices + size.shape.num_rows * size.shape.hidden_size) * b
-    for moment in moments(size):
-        if moment.name == "look before the first step":
-            continue
-        items = {
-            name: -(-num_bytes // num_devices) if name in SHARDED else num_bytes
-            for name, num_bytes in moment.items.items()
-            if name != "copies of weights in 16 bits"
-        }
-        yield Moment(moment.name, items | {"gathered weights": gathered})

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 from graftlm.errors import UserError
 from graftlm.model.causal import vocabulary_modules
+from graftlm.model.sharded import own_part
 from graftlm.text.tokenizer import Tokenizer
 
 
 def bad_parameters(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
     """Parameters with numbers that are not finite, by name: of a matrix of embedding or head its bad rows, else none.
 
-    Norms are taken first: one pass over all weights at once.
+    Of layers shared out over ranks, this rank's parts are searched. Norms are taken first: one pass over all weights at
+    once.
     """
     named = list(model.named_parameters())
     of_rows = {id(p) for module in vocabulary_modules(model) for p in module.parameters()}
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for _, p in named])])
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm([own_part(p) for _, p in named])])
     for place in (~torch.isfinite(norms)).nonzero().flatten().tolist():
         name, parameter = named[place]
-        rows = _bad_rows(parameter.detach())
+        rows = _bad_rows(own_part(parameter))
         if rows:  # else finite and so large that its norm is not
             yield name, rows if id(parameter) in of_rows else []
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from graftlm.device import Precision
 from graftlm.model.rows import Role, parameter_groups_by_role
+from graftlm.model.sharded import own_part
 from graftlm.training.batches import Steps
 from graftlm.training.loop import response_loss_sum
 from graftlm.training.ranks import ALONE, Ranks
@@ -26,16 +26,17 @@ CLEAR_SHARE = 0.5  # of the rise that putting a role back must undo to be blamed
 
 @dataclass(frozen=True, slots=True)
 class PutBack:
-    """Parameters of one role by name, and other weights for them: their last good ones, or a neutral start."""
+    """Parameters of one role by name, as this rank holds them, and other weights for them: their last good ones, or a
+    neutral start."""
 
-    parameters: Mapping[str, Parameter]
+    parameters: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     is_last_good: bool
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Let the parameters hold those weights for a while."""
-        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        before = {name: p.clone() for name, p in self.parameters.items()}
         try:
             self._copy(self.weights)
             yield
@@ -51,11 +52,12 @@ class PutBack:
 def roles_put_back(model: Any, last_good: Mapping[str, Tensor] | None) -> Iterator[tuple[Role, list[PutBack]]]:
     """For each role that learns, the ways to take it out of a step.
 
-    `last_good` are trained weights by name. The neutral start of an adapter is zero, that of new rows the mean old row.
+    `last_good` are trained weights by name, as this rank holds them. The neutral start of an adapter is zero, that of
+    new rows the mean old row.
     """
     roles = parameter_groups_by_role(model)
     for role, named in roles.items():
-        learning = {name: p for name, p in named if p.requires_grad}
+        learning = {name: own_part(p) for name, p in named if p.requires_grad}
         if not learning:
             continue
         ways = []

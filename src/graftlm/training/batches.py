@@ -11,7 +11,7 @@ import functools
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -131,13 +131,26 @@ def make_batch(
     )
 
 
+def idle_batch(device: torch.device) -> Batch:
+    """A micro-batch of no row: one token that predicts none, so that its loss and all its gradients are zero."""
+    one = TokenRows(np.zeros(1, np.uint16), np.zeros(1, bool), np.array([0, 1], np.int64), np.zeros(1, np.int64))
+    return replace(make_batch(one, [0], device), row_ids=())
+
+
+def _packed(
+    rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, sparing: Sparing
+) -> tuple[int, list[list[int]]]:
+    """How many tokens these rows share, and the places in `row_ids` that each micro-batch takes."""
+    num_shared = common_prefix(rows, row_ids) if sparing.prefix and row_ids else 0
+    lengths = [length - num_shared for length in rows.lengths_of(row_ids)]
+    return num_shared, pack(lengths, budget_tokens - num_shared)
+
+
 def row_batches(
     rows: TokenRows, row_ids: Sequence[int], budget_tokens: int, device: torch.device, sparing: Sparing = Sparing()
 ) -> list[Batch]:
     """Pack these rows into as few micro-batches as best fit finds."""
-    num_shared = common_prefix(rows, row_ids) if sparing.prefix else 0
-    lengths = [length - num_shared for length in rows.lengths_of(row_ids)]
-    packs = pack(lengths, budget_tokens - num_shared)
+    num_shared, packs = _packed(rows, row_ids, budget_tokens, sparing)
     return [
         make_batch(rows, [row_ids[place] for place in places], device, num_shared, sparing.last_layer)
         for places in packs
@@ -155,7 +168,8 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 class Steps:
     """All steps of a stage: which rows each takes, and their micro-batches.
 
-    The rows of a step are the same whatever `num_ranks`; they are shared out by tokens, and `rank` packs its own.
+    The rows of a step are the same whatever `num_ranks`; they are shared out by tokens, and `rank` packs its own. With
+    `is_even` all ranks take equally many micro-batches: who has fewer rows takes idle ones.
     """
 
     def __init__(
@@ -169,6 +183,7 @@ class Steps:
         sparing: Sparing = Sparing(),
         rank: int = 0,
         num_ranks: int = 1,
+        is_even: bool = False,
     ) -> None:
         if not len(rows):
             raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
@@ -188,7 +203,7 @@ class Steps:
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.sparing = sparing
-        self.rank, self.num_ranks = rank, num_ranks
+        self.rank, self.num_ranks, self.is_even = rank, num_ranks, is_even
         self.steps_per_epoch = math.ceil(len(rows) / batch_rows)
         self.num_steps = max(1, round(epochs * self.steps_per_epoch))
 
@@ -198,18 +213,30 @@ class Steps:
         order = _order(self.seed, epoch, len(self.rows))
         return order[place * self.batch_rows : (place + 1) * self.batch_rows].tolist()
 
-    def own_row_ids(self, step: int) -> list[int]:
-        """The step's rows that this rank takes; all of them where it is alone."""
+    def rows_of_ranks(self, step: int) -> list[list[int]]:
+        """The step's rows that each rank takes, by rank; all of them where there is one."""
         row_ids = self.row_ids(step)
         if self.num_ranks == 1:
-            return row_ids
-        return [row_ids[place] for place in shares(self.rows.lengths_of(row_ids), self.num_ranks)[self.rank]]
+            return [row_ids]
+        return [
+            [row_ids[place] for place in places] for places in shares(self.rows.lengths_of(row_ids), self.num_ranks)
+        ]
 
     def num_targets(self, step: int) -> int:
         """Tokens the whole step learns from, whoever takes them: the loss's one denominator."""
         return sum(int(np.count_nonzero(self.rows.row(row_id)[1][1:])) for row_id in self.row_ids(step))
 
     def micro_batches(self, step: int, device: torch.device) -> list[Batch]:
-        """The step's rows that this rank takes, packed; none where there are fewer rows than ranks."""
-        row_ids = self.own_row_ids(step)
+        """The step's rows that this rank takes, packed; none where there are fewer rows than ranks, or idle ones."""
+        of_ranks = self.rows_of_ranks(step)
+        batches = self.packed(of_ranks[self.rank], device)
+        if not self.is_even:
+            return batches
+        # A row without a target adds nothing, and its last layer would give some weights no gradient to be summed.
+        batches = [batch if len(batch.targets_N) else idle_batch(device) for batch in batches]
+        most = max(len(_packed(self.rows, ids, self.micro_batch_tokens, self.sparing)[1]) for ids in of_ranks)
+        return batches + [idle_batch(device)] * (most - len(batches))
+
+    def packed(self, row_ids: Sequence[int], device: torch.device) -> list[Batch]:
+        """Rows in micro-batches of this stage's size."""
         return row_batches(self.rows, row_ids, self.micro_batch_tokens, device, self.sparing) if row_ids else []

@@ -6,6 +6,7 @@ Owns the order of these looks and what each verdict does. How they look is in `l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ class BeforeFirstStep:
     ranks: Ranks
 
     def look(self) -> tuple[Look, list[Finding]]:
-        """What one rank sees, and the findings."""
+        """What one rank sees, and the findings; where weights come from several ranks, all must call it together."""
         tight = self._tight()
-        look = take_look(self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of)
+        look = take_look(
+            self.model, self.steps, self.stage, self.precision, self.first_new_id, self.name_of, self.ranks
+        )
         return look, [*([tight] if tight else []), *preflight(look)]
 
     def refuse(self, folder: Path, metrics: Metrics) -> None:
@@ -50,12 +53,11 @@ class BeforeFirstStep:
         NumericalStop on a fatal finding, the latter two unless the stage wants no doctor."""
         refuse_longer_rows(body_of(self.model), int(self.steps.rows.lengths.max(initial=0)))
         self._refuse_tight()
-        self.ranks.from_first(lambda: self._refuse_fatal(folder, metrics))
+        seen = self.look() if self.ranks.mesh is not None else None
+        self.ranks.from_first(lambda: self._refuse_fatal(folder, metrics, *(seen or self.look())))
 
     def _tight(self) -> Finding | None:
-        return memory_finding(
-            self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks.local_count
-        )
+        return memory_finding(self.model, self.stage, self.steps, self.precision, self.first_new_id, self.ranks)
 
     def _refuse_tight(self) -> None:
         """Before a pass that may end in a kill; each machine has its own memory."""
@@ -65,8 +67,7 @@ class BeforeFirstStep:
             if told:
                 raise UserError(f"{self.stage.name}, before the first step: {told[0]}", told[1])
 
-    def _refuse_fatal(self, folder: Path, metrics: Metrics) -> None:
-        look, findings = self.look()
+    def _refuse_fatal(self, folder: Path, metrics: Metrics, look: Look, findings: Sequence[Finding]) -> None:
         told = {"findings": [asdict(f) for f in findings], "look": asdict(look)}
         write_json(folder / PREFLIGHT, json_values(told))
         for finding in findings:

@@ -59,7 +59,8 @@ class HeldoutWatch:
     def read(
         self, step: int, model: Any, precision: Precision, weights: Callable[[], dict[str, torch.Tensor]]
     ) -> float | None:
-        """Read the held-out loss after `step` steps and note it; what `weights` returns is kept when it is the best.
+        """Read the held-out loss after `step` steps and note it; what `weights` returns is kept when it is the best:
+        all ranks ask for it together.
 
         Returns nats per answer token in the language judged by, None without held-out rows.
         """
@@ -81,9 +82,10 @@ class HeldoutWatch:
             self.readings_since_best += 1
             return judged["loss_per_answer_token"]
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
-        if self.ranks.is_first and self.stage.keep == "best" and (step > 0 or self._start_counts):
+        if self.stage.keep == "best" and (step > 0 or self._start_counts):
             best = Checkpoint({"weights": weights()}, {"step": step})
-            self.saver.save(step_folder(self.folder, step), best, num_kept=1)
+            if self.ranks.is_first:
+                self.saver.save(step_folder(self.folder, step), best, num_kept=1)
         return judged["loss_per_answer_token"]
 
     @property

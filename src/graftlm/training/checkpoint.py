@@ -7,6 +7,7 @@ any moment leaves the newest complete one intact. Does not know what the tensors
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,6 +117,14 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 def good_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints whose `is_good` value is true, oldest first: states to roll back to."""
     return [folder for folder in whole_checkpoints(checkpoints) if read_json(folder / VALUES).get("is_good")]
+
+
+def precision_begun_in(checkpoints: Path) -> str | None:
+    """The precision of the newest complete checkpoint whose values can be read; None when there is none."""
+    for folder in reversed(whole_checkpoints(checkpoints)):
+        with contextlib.suppress(UserError):
+            return read_json(folder / VALUES)["precision"]
+    return None
 
 
 def newest_good_weights(checkpoints: Path) -> Checkpoint | None:

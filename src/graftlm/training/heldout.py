@@ -18,7 +18,7 @@ from graftlm.model.causal import head_weight
 from graftlm.model.loss import target_losses
 from graftlm.run import progress
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import row_batches
+from graftlm.training.batches import idle_batch, row_batches
 from graftlm.training.ranks import ALONE, Ranks
 
 
@@ -59,13 +59,16 @@ def heldout_losses(
     nats = np.zeros(len(rows))
     num_targets = np.zeros(len(rows), dtype=np.int64)
     budget_tokens = max(budget_tokens, int(rows.lengths.max()))
-    batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)[ranks.rank :: ranks.count]
+    all_batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)
+    batches = all_batches[ranks.rank :: ranks.count]
+    if ranks.mesh is not None:  # weights come from all ranks, so all take equally many passes
+        batches += [idle_batch(precision.device)] * (-(-len(all_batches) // ranks.count) - len(batches))
     for batch in progress(batches, len(batches), label):
         with precision.autocast():
             hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
         losses_N = target_losses(hidden_NH, head_weight(model), batch.targets_N, precision.compute_dtype)
         places_N = batch.row_N.cpu().numpy()
-        row_ids = np.asarray(batch.row_ids)
+        row_ids = np.asarray(batch.row_ids, dtype=np.int64)
         np.add.at(nats, row_ids[places_N], losses_N.double().cpu().numpy())
         np.add.at(num_targets, row_ids[places_N], 1)
     model.train(was_training)

@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from graftlm import __version__
 from graftlm.errors import RankLost, UserError
+from graftlm.recipe import Shard
+from graftlm.run import say
 from graftlm.step import changed_keys
 from graftlm.training.place import Place
 from graftlm.training.ranks import ALONE, BEAT, Ranks, within
@@ -28,23 +31,37 @@ from graftlm.training.stacks import answer_if_asked
 
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 10.0
+BESIDE = "ranks on its machine"
 
 
 @contextlib.contextmanager
 def joined(
-    place: Place, recipe: Mapping[str, Any], device: torch.device, patience_seconds: float, join_seconds: float
+    place: Place,
+    recipe: Mapping[str, Any],
+    device: torch.device,
+    patience_seconds: float,
+    join_seconds: float,
+    shard: Shard = "none",
 ) -> Iterator[Ranks]:
     """The ranks of this run, once all are there and agree on what to run; at the end each tells the others why it goes.
 
-    `recipe` in plain values must be the same on every rank. Raises UserError, RankLost.
+    `recipe` in plain values must be the same on every rank; `shard` says over whom a model's layers are shared out.
+    Raises UserError, RankLost.
     """
     if place.count == 1:
+        if shard != "none":
+            say(f"ranks.shard={shard}: this process is alone and holds all the weights")
         yield ALONE
         return
+    if shard == "hybrid":
+        refuse_uneven_machines(place)
     if device.type == "cuda":
         _take_gpu(place)
     store = _store(place, join_seconds)
-    _meet(store, place, {"graftlm": __version__, "torch": torch.__version__, "recipe": recipe}, join_seconds)
+    own = {"graftlm": __version__, "torch": torch.__version__, "recipe": recipe}
+    if shard == "hybrid":
+        own[BESIDE] = place.local_count
+    _meet(store, place, own, join_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=patience_seconds)
     try:
@@ -55,7 +72,8 @@ def joined(
             f"{str(error).splitlines()[0][:200]}",
             "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the network.",
         ) from None
-    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count)
+    mesh = _mesh(place, device, patience, shard)
+    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count, mesh)
     is_over = threading.Event()
     beside = _store(place, join_seconds, is_second=True)
     threading.Thread(target=_attend, args=(beside, place.rank, is_over), daemon=True, name="attending").start()
@@ -71,6 +89,36 @@ def joined(
         is_over.set()
     ranks.take_leave(FAREWELL_SECONDS)
     dist.destroy_process_group()
+
+
+def refuse_uneven_machines(place: Place) -> None:
+    """Raises UserError where sharding within machines and copying between them has nothing to stand on."""
+    if place.count % place.local_count:
+        raise UserError(
+            f"{place.count} ranks are no whole number of machines with {place.local_count} each (ranks.shard=hybrid).",
+            "Start as many ranks on every machine, or set ranks.shard=full.",
+        )
+    if place.local_count in (1, place.count):
+        found = "one machine" if place.local_count == place.count else "one rank on each machine"
+        raise UserError(
+            f"ranks.shard=hybrid shards within machines and copies between them, and this is {found}.",
+            "Set ranks.shard=full.",
+        )
+
+
+def _mesh(place: Place, device: torch.device, patience: timedelta, shard: Shard) -> DeviceMesh | None:
+    """Over whom layers are shared out: along the last dimension; along a first one lie copies (machines)."""
+    if shard == "none":
+        return None
+    if shard == "full":
+        world: Any = dist.group.WORLD
+        return DeviceMesh.from_group(world, device.type)
+    numbers = torch.arange(place.count).view(-1, place.local_count)
+    # Not made by the mesh: its own groups would wait longer than this run's patience.
+    groups: Any = [
+        dist.new_subgroups_by_enumeration(along.tolist(), timeout=patience)[0] for along in (numbers.T, numbers)
+    ]
+    return DeviceMesh.from_group(groups, device.type, mesh=numbers, mesh_dim_names=("copies", "parts"))
 
 
 def _take_gpu(place: Place) -> None:
@@ -142,6 +190,12 @@ def _refuse_different(told: Sequence[Mapping[str, Any]]) -> None:
                     f"Rank {rank} runs {name} {own[name]}, rank 0 {first[name]}.",
                     f"Install one {name} on all machines.",
                 )
+        if own.get(BESIDE) != first.get(BESIDE):
+            raise UserError(
+                f"Rank {rank} is one of {own.get(BESIDE)} on its machine, rank 0 one of {first.get(BESIDE)}: "
+                "ranks.shard=hybrid shards within machines.",
+                "Start as many ranks on every machine, or set ranks.shard=full.",
+            )
         changed = sorted(changed_keys(first["recipe"], own["recipe"]))
         if changed:
             raise UserError(

@@ -23,9 +23,12 @@ from graftlm.model.causal import head_weight, is_tied, plain_model, vocabulary_m
 from graftlm.model.loss import linear_cross_entropy_sum, target_losses
 from graftlm.model.row_init import row_rms
 from graftlm.model.rows import Role, head_rows, parameter_groups_by_role
+from graftlm.model.sharded import is_shared_out, own_part
 from graftlm.recipe import Full, Lora, LossScale, NewRows, Stage
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import Batch, Steps, row_batches
+from graftlm.training.batches import Batch, Steps, idle_batch, row_batches
+from graftlm.training.ranks import ALONE, Ranks
+from graftlm.training.together import SeenOfPart, bad_weight_of_any, seen_of_parts
 
 NUM_ROWS = 8
 BUDGET_TOKENS = 2048
@@ -33,14 +36,24 @@ LOOKED_AT_ONCE = 2**24  # tokens of the rows whose ids are compared with the voc
 
 
 def take_look(
-    model: Any, steps: Steps, stage: Stage, precision: Precision, first_new_id: int | None, name_of: NameOf = no_name
+    model: Any,
+    steps: Steps,
+    stage: Stage,
+    precision: Precision,
+    first_new_id: int | None,
+    name_of: NameOf = no_name,
+    ranks: Ranks = ALONE,
 ) -> Look:
     """Everything a pre-flight judges, of a model prepared for `stage` and not yet trained; `name_of` tells an id's
-    text."""
+    text.
+
+    One rank looks. Where weights come from several, all must call this together, and what rank 0 returns is right:
+    the others' passes are idle ones, and they tell of their parts.
+    """
     roles = parameter_groups_by_role(model)
     num_vocab_rows = len(head_weight(model))
     bad_row_id = _row_outside(steps.rows, num_vocab_rows)
-    bad_weight = first_bad_weight(model, first_new_id, name_of)
+    bad_weight = bad_weight_of_any(ranks, first_bad_weight(model, first_new_id, name_of))
     probe, first_loss, ids = Probe(), {}, []
     num_targets = num_tokens = 0
     batch = _first_batch(steps, precision.device)
@@ -48,10 +61,11 @@ def take_look(
         ids, num_targets, num_tokens = batch.ids_1T.unique().tolist(), len(batch.targets_N), batch.num_tokens
     if bad_row_id < 0 and not bad_weight:
         states = random_states()
-        probe, first_loss = _pass(model, batch, first_new_id)
+        taken = batch if ranks.is_first else idle_batch(precision.device)
+        probe, first_loss = _pass(model, taken, first_new_id, bool(num_targets))
         restore_random_states(states)
     numbers = {
-        role: _numbers(named, _unseen(role, ids, model, first_new_id), _rate(stage, role))
+        role: _numbers(named, _unseen(role, ids, model, first_new_id), _rate(stage, role), ranks)
         for role, named in roles.items()
     }
     where, largest = probe.largest(probe.products)
@@ -97,7 +111,7 @@ def _first_batch(steps: Steps, device: torch.device) -> Batch:
     return row_batches(steps.rows, row_ids, budget, device, steps.sparing)[0]
 
 
-def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, dict[str, float]]:
+def _pass(model: Any, batch: Batch, first_new_id: int | None, needs_backward: bool) -> tuple[Probe, dict[str, float]]:
     """One pass at scale 1 without 16-bit products; the losses (nats) of old and of new target pieces."""
     was_training = model.training
     model.train()
@@ -108,7 +122,7 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
         loss = linear_cross_entropy_sum(hidden_NH, head_rows(model), batch.targets_N, wide) / max(
             len(batch.targets_N), 1
         )
-        if batch.targets_N.numel():
+        if needs_backward:
             loss.backward()
     model.train(was_training)
     is_new_N = batch.targets_N >= (math.inf if first_new_id is None else first_new_id)
@@ -116,28 +130,38 @@ def _pass(model: Any, batch: Batch, first_new_id: int | None) -> tuple[Probe, di
     return probe, {kind: part.double().mean().item() for kind, part in parts.items() if len(part)}
 
 
-def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int], peak_lr: float) -> RoleNumbers:
+def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int], peak_lr: float, ranks: Ranks) -> RoleNumbers:
     learning = [(plain_name(name), p) for name, p in named if p.requires_grad]
-    squares = sum(p.detach().double().square().sum().item() for _, p in learning)
-    count = sum(p.numel() for _, p in learning)
     first_at: dict[int, str] = {}
     shared = []
     for name, p in learning:
-        if first_at.setdefault(p.data_ptr(), name) != name:
+        own = own_part(p)
+        if own.numel() and first_at.setdefault(own.data_ptr(), name) != name:
             shared.append(name)
-    gradients = [p.grad for _, p in learning if p.grad is not None]
+    seen = seen_of_parts(
+        ranks, {name: _seen_of(p) for name, p in learning}, {n for n, p in learning if is_shared_out(p)}
+    )
+    has_any = any(one.has_gradient for one in seen.values())
     return RoleNumbers(
         num_tensors=len(learning),
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for _, p in learning})),
         peak_lr=peak_lr,
-        weight_rms=math.sqrt(squares / max(count, 1)),
-        largest_gradient=max((g.abs().amax().item() for g in gradients), default=0.0),
-        silent=tuple(
-            name for name, p in learning if id(p) not in is_unseen and (p.grad is None or not bool(p.grad.any()))
-        )
-        if gradients
+        weight_rms=math.sqrt(sum(one.squares for one in seen.values()) / max(sum(p.numel() for _, p in learning), 1)),
+        largest_gradient=max((one.largest for one in seen.values() if one.has_gradient), default=0.0),
+        silent=tuple(name for name, p in learning if id(p) not in is_unseen and seen[name].is_silent)
+        if has_any
         else (),
         shared=tuple(shared),
+    )
+
+
+def _seen_of(parameter: Parameter) -> SeenOfPart:
+    gradient = None if parameter.grad is None else own_part(parameter.grad)
+    return SeenOfPart(
+        squares=own_part(parameter).double().square().sum().item(),
+        largest=gradient.abs().amax().item() if gradient is not None and gradient.numel() else 0.0,
+        has_gradient=gradient is not None,
+        is_silent=gradient is None or not bool(gradient.any()),
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import Parameter
 
 from graftlm.device import Precision
 from graftlm.model.body import labelled_hidden_states
@@ -20,7 +19,7 @@ from graftlm.model.loss import linear_cross_entropy_sum
 from graftlm.model.rows import head_rows
 from graftlm.training.batches import Batch, Steps
 from graftlm.training.optim import set_learning_rates
-from graftlm.training.ranks import ALONE, Ranks
+from graftlm.training.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +64,17 @@ def train(
     num_updates: int,
     lr_at: Callable[[int], float],
     optimizer: torch.optim.Optimizer,
-    groups: dict[str, list[Parameter]],
+    parts: Parts,
     precision: Precision,
     max_grad_norm: float,
     on_step: Sequence[Callable[[StepRecord], None]],
-    ranks: Ranks = ALONE,
 ) -> None:
     """Take the steps from `first_step` on. `lr_at(num_updates)` is a factor in 0..1 of each group's peak rate.
 
-    With other `ranks`, each goes through its own micro-batches; from summed gradients on, all compute the same.
+    With other ranks, each goes through its own micro-batches; from summed gradients on, all compute the same.
     """
     model.train()
-    learning = [parameter for group in groups.values() for parameter in group]
+    ranks = parts.ranks
     for step in range(first_step, steps.num_steps):
         started = time.perf_counter()
         micro_batches = steps.micro_batches(step, precision.device)
@@ -90,11 +88,11 @@ def train(
             loss = response_loss_sum(model, batch, precision, factor)
             (loss * factor).backward()
             loss_sum += loss.item()
-        num_tokens = sum(batch.num_tokens for batch in micro_batches)
+        num_tokens = sum(batch.num_tokens for batch in micro_batches if batch.row_ids)
         if not ranks.is_alone:
             loss_sum, num_tokens = ranks.total(loss_sum, num_tokens)
-            ranks.sum_gradients(learning)
-        grad_norm, grad_norms = precision.unscale_and_clip(groups, max_grad_norm)
+            parts.sum_gradients()
+        grad_norm, grad_norms = precision.unscale_and_clip(parts.roles, max_grad_norm, parts.gradient_norms)
         set_learning_rates(optimizer, lr_at(num_updates))
         loss_scale = precision.loss_scale
         was_updated = precision.step(optimizer, grad_norm)

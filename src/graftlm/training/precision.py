@@ -12,8 +12,12 @@ from graftlm.errors import UserError
 from graftlm.recipe import Stage
 
 
-def make_precision(stage: Stage, device: torch.device, begun_in: str | None = None) -> Precision:
+def make_precision(
+    stage: Stage, device: torch.device, begun_in: str | None = None, keeps_copies: bool = True
+) -> Precision:
     """The stage's dtype policy; `begun_in` is the precision of the checkpoint it continues, if any.
+
+    `keeps_copies` is of no use where a layer's weights are gone when its turn is over: its copies should be too.
 
     Raises UserError for bf16 on a GPU without it.
     """
@@ -27,4 +31,4 @@ def make_precision(stage: Stage, device: torch.device, begun_in: str | None = No
     scaler = None
     if name == "fp16":
         scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
-    return Precision(DTYPES[name], device, scaler)
+    return Precision(DTYPES[name], device, scaler, keeps_copies=keeps_copies)

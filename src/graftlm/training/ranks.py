@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from graftlm.errors import DiskError, Interrupted, NumericalStop, RankLost, UserError
@@ -40,15 +41,22 @@ class Ranks:
     """`count` processes, this one with number `rank` (from 0); rank 0 alone writes files and speaks to the user.
 
     `store` is what they share before and beside the process group; `patience_seconds` how long one waits for another;
-    `local_count` how many of them are on this machine. `speaks`: whether an error is this rank's to tell the user.
+    `local_count` how many of them are on this machine. `mesh` is over whom a model's layers are shared out; None where
+    every rank holds all. `speaks`: whether an error is this rank's to tell the user.
     `stacks`: by rank, what all were doing when one of them was found to hang.
     """
 
     def __init__(
-        self, rank: int = 0, count: int = 1, store: Any = None, patience_seconds: float = 600.0, local_count: int = 1
+        self,
+        rank: int = 0,
+        count: int = 1,
+        store: Any = None,
+        patience_seconds: float = 600.0,
+        local_count: int = 1,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.rank, self.count, self.patience_seconds = rank, count, patience_seconds
-        self.local_count = local_count
+        self.local_count, self.mesh = local_count, mesh
         self.speaks = rank == 0
         self.stacks: dict[int, str] = {}
         self._store = store
@@ -63,6 +71,11 @@ class Ranks:
     def is_alone(self) -> bool:
         """Whether there is no other."""
         return self.count == 1
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts a layer's weights are cut: 1 where every rank holds all."""
+        return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
     def total(self, *numbers: float) -> list[float]:
         """Each number added up over all ranks, in float64, the same bits on every rank. Raises RankLost."""
@@ -141,8 +154,13 @@ class Ranks:
         self.fill_from_first(held)
         return held.numpy().tobytes()
 
-    def tensors_from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's tensors by name, on the CPU; the others give None. Raises RankLost."""
+    def tensors_from_first(
+        self, tensors: Mapping[str, Tensor] | None, keep: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor
+    ) -> dict[str, Tensor]:
+        """Rank 0's tensors by name, on the CPU; the others give None. `keep` says what of each this rank holds on to.
+
+        Raises RankLost.
+        """
         if self.is_alone:
             return dict(tensors or {})
         given = tensors or {}
@@ -152,8 +170,9 @@ class Ranks:
         found = {}
         for name, dtype, shape in heads:
             tensor = given[name].detach().cpu().contiguous() if self.is_first else None
-            found[name] = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
-            self.fill_from_first(found[name])
+            whole = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
+            self.fill_from_first(whole)
+            found[name] = keep(name, whole)
         return found
 
     def fill_from_first(self, tensor: Tensor) -> None:
@@ -165,24 +184,28 @@ class Ranks:
             for piece in flat.split(PIECE_BYTES):
                 dist.broadcast(piece, 0)
 
-    def draw_apart(self, seed: int, step: int) -> None:
+    def draw_apart(self, seed: int, step: int, rank: int | None = None) -> None:
         """Let each of several ranks draw (dropout) from a stream of its own, begun anew at every step: any number of
-        ranks can then go on from any checkpoint. One rank alone draws on as it did."""
+        ranks can then go on from any checkpoint. One rank alone draws on as it did. `rank`: draw as that one does."""
         if not self.is_alone:
-            torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
+            own = self.rank if rank is None else rank
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, own]).generate_state(1)[0]))
 
-    def refuse_different(self, tensors: Sequence[Tensor], what: str) -> None:
+    def refuse_different(self, tensors: Sequence[Tensor], what: str, num_parts: int = 1) -> None:
         """Stop where ranks no longer hold the same bits, which would end in another model in silence.
 
-        Raises RuntimeError: it is no user's mistake. Raises RankLost.
+        With `num_parts` the tensors are parts, and every so many ranks hold the same one. Raises RuntimeError: it is no
+        user's mistake. Raises RankLost.
         """
-        if self.is_alone:
+        if self.count == num_parts:
             return
         own = [int(t.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64)) for t in tensors]
         told = self.gather(own)
-        differing = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
+        differing = [rank for rank, theirs in enumerate(told) if theirs != told[rank % num_parts]]
         if differing:
-            raise RuntimeError(f"{what} of rank {differing[0]} are not those of rank 0: do all compute alike?")
+            raise RuntimeError(
+                f"{what} of rank {differing[0]} are not those of rank {differing[0] % num_parts}: do all compute alike?"
+            )
 
     def call(self, order: Any) -> None:
         """Rank 0 tells the others what to do next (plain JSON); None: nothing more."""
@@ -223,6 +246,16 @@ class Ranks:
     def _read(self, key: str) -> bytes | None:
         """What is in the store under a key, if anything."""
         return self._store.get(key) if self._store.check([key]) else None
+
+    @contextlib.contextmanager
+    def passes_answered(self) -> Iterator[None]:
+        """Turn what breaks off passes whose weights come from several ranks into the reason why; other errors stay."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.mesh is None or not _is_of_wire(error):
+                raise
+            raise self._why_broken(error) from None
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -311,6 +344,11 @@ def error_of(told: Mapping[str, Any], before: str = "") -> UserError:
     error = _KINDS.get(told["code"], RankLost)(f"{before}{told['problem']}", told["fix"])
     error.exit_code = told["code"]
     return error
+
+
+def _is_of_wire(error: RuntimeError) -> bool:
+    """Whether a collective inside a pass broke off: torch gives such errors a kind of their own only in part."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

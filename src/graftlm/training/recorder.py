@@ -7,7 +7,7 @@ tensors would cost as much as the optimizer itself (`bench/recorder.py` measures
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,19 @@ SAMPLED = 1024  # of a tensor: its rms is then known to 2 %
 
 
 class Recorder:
-    """Evenly spaced entries of every tensor that learns, at most `SAMPLED` of each."""
+    """Evenly spaced entries of every tensor that learns, at most `SAMPLED` of each, or of each rank's part of it.
 
-    def __init__(self, roles: Mapping[str, Sequence[Parameter]]) -> None:
+    `mean` is a power mean over the ranks that hold parts: of one's value, its number of entries, and the power.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, Sequence[Parameter]],
+        mean: Callable[[float, int, int], float] = lambda value, count, power: value,
+    ) -> None:
+        self._mean = mean
         self._parameters = {role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()}
-        self._weights = {role: [_sample(p) for p in found] for role, found in self._parameters.items() if found}
+        self._weights = {role: [_sample(p) for p in found] for role, found in self._parameters.items()}
         self._before = {role: [view.clone() for view in views] for role, views in self._weights.items()}
 
     @torch.no_grad()
@@ -32,14 +40,16 @@ class Recorder:
         for role, views in self._weights.items():
             before = self._before[role]
             count = sum(view.numel() for view in views)
-            torch._foreach_sub_(before, views)
-            update[role], weight[role] = _rms(before, count), _rms(views, count)
-            torch._foreach_copy_(before, views)
+            if views:
+                torch._foreach_sub_(before, views)
+            update[role], weight[role] = (self._mean(_rms(found, count), count, 2) for found in (before, views))
+            if views:
+                torch._foreach_copy_(before, views)
             if role in ("body", "adapter"):
                 gradients = [_sample(p.grad) for p in self._parameters[role] if p.grad is not None]
                 sampled = sum(view.numel() for view in gradients)
                 nonzero = torch.stack([view.count_nonzero() for view in gradients]).sum().item() if gradients else 0
-                zero[role] = 1 - nonzero / max(sampled, 1)
+                zero[role] = self._mean(1 - nonzero / max(sampled, 1), sampled, 1)
         return {"update_rms": update, "weight_rms": weight, "zero_gradient_share": zero}
 
 
@@ -49,4 +59,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rms(tensors: list[torch.Tensor], count: int) -> float:
+    if not tensors:
+        return 0.0
     return torch.stack(torch._foreach_norm(tensors)).double().norm().item() / math.sqrt(max(count, 1))

@@ -8,7 +8,7 @@ set as the step had them and put back after, so that a replayed run goes on as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import Tensor
 from graftlm.device import Precision, random_states, restore_random_states
 from graftlm.health.incident import HOPELESS, Class, Incident, Replayed, classify
 from graftlm.health.probe import BadTensor, NameOf, first_bad_weight, no_name, watching
+from graftlm.model.sharded import own_part
 from graftlm.training.ablation import roles_put_back
 from graftlm.training.batches import Batch, Steps, row_batches
 from graftlm.training.loop import response_loss_sum
+from graftlm.training.ranks import ALONE, Ranks
+from graftlm.training.together import bad_weight_of_any
 
 MOST_ROWS_TRIED = 64
 HEAD = "lm_head"
@@ -53,11 +56,18 @@ def replay(
     last_good: Mapping[str, Tensor] | None,
     first_new_id: int | None,
     name_of: NameOf = no_name,
+    ranks: Ranks = ALONE,
 ) -> Incident:
     """Find out what a skipped step was. `last_good` are trained weights by name to put back, where there are any;
-    `name_of` tells an id's text."""
+    `name_of` tells an id's text.
+
+    Every rank takes its own rows again. Where weights come from all of them, all take every rank's rows together: what
+    is not finite in one's gradients is so in all parts of the sum, and only so is it known whose rows it came from.
+    """
     after = random_states()
-    batches = steps.micro_batches(skipped.step, precision.device)
+    is_common = ranks.mesh is not None
+    shares = _shares(steps, skipped.step, precision, ranks)
+    batches = [batch for _, share in shares for batch in share]
     unscaled = replace(precision, scaler=None)
 
     # As in the loop, over the whole step's targets, whoever takes its other rows.
@@ -66,7 +76,14 @@ def replay(
     def take(precision: Precision, scale: float, some: Sequence[Batch] = batches, needs_backward: bool = True) -> _Seen:
         restore_random_states(dict(skipped.random))
         own = num_targets if some is batches else sum(len(batch.targets_N) for batch in some)
-        return _pass(model, some, precision, scale / max(own, 1), needs_backward)
+        taken = drawn_as_then() if is_common and some is batches else some
+        is_any = ranks.any if is_common else bool
+        return _pass(model, taken, precision, scale / max(own, 1), needs_backward, is_any)
+
+    def drawn_as_then() -> Iterator[Batch]:
+        for rank, share in shares:
+            ranks.draw_apart(steps.seed, skipped.step, rank)
+            yield from share
 
     at_one = take(unscaled, 1.0)
     as_scaled = at_one if skipped.loss_scale == 1.0 else take(unscaled, skipped.loss_scale)
@@ -75,7 +92,7 @@ def replay(
         in_fp32 = take(replace(unscaled, compute_dtype=torch.float32), 1.0, needs_backward=False)
     seen = Replayed(
         num_targets=num_targets,
-        bad_weight=first_bad_weight(model, first_new_id, name_of),
+        bad_weight=bad_weight_of_any(ranks, first_bad_weight(model, first_new_id, name_of)),
         is_forward_finite=at_one.is_forward_finite,
         is_forward_finite_in_fp32=in_fp32.is_forward_finite,
         is_finite=at_one.is_finite,
@@ -84,6 +101,9 @@ def replay(
     cause = classify(seen)
     shown = at_one if at_one.first_bad else as_scaled
     found = _incident(steps, skipped, cause, seen.bad_weight, batches, shown, first_new_id)
+    if is_common and shown.bad_batch >= 0:
+        owner_of = [rank for rank, share in shares for _ in share]
+        found = replace(found, rank=owner_of[shown.bad_batch])
     if cause in HOPELESS and shown.bad_batch >= 0:
         batch = batches[shown.bad_batch]
         tried = batch.row_ids[:MOST_ROWS_TRIED]
@@ -99,6 +119,13 @@ def replay(
     model.zero_grad(set_to_none=True)
     restore_random_states(after)
     return found
+
+
+def _shares(steps: Steps, step: int, precision: Precision, ranks: Ranks) -> list[tuple[int, list[Batch]]]:
+    """The micro-batches that are taken again, by the rank whose they were."""
+    of_ranks = steps.rows_of_ranks(step)
+    owners = range(ranks.count) if ranks.mesh is not None else [ranks.rank]
+    return [(rank, steps.packed(of_ranks[rank], precision.device)) for rank in owners]
 
 
 def _cured(
@@ -120,13 +147,19 @@ def _alone(steps: Steps, row_id: int, precision: Precision) -> list[Batch]:
     )
 
 
-def _pass(model: Any, batches: Sequence[Batch], precision: Precision, factor: float, needs_backward: bool) -> _Seen:
-    """Forward and backward over the micro-batches as the loop does it, stopping at the first that is not finite."""
+def _pass(
+    model: Any, batches: Iterable[Batch], precision: Precision, factor: float, needs_backward: bool,
+    is_any: Callable[[bool], bool],
+) -> _Seen:  # fmt: skip
+    """Forward and backward over the micro-batches as the loop does it, stopping at the first that is not finite.
+
+    `is_any` tells whether a thing is so on any rank that takes part.
+    """
     for number, batch in enumerate(batches):
         model.zero_grad(set_to_none=True)
         with watching(model) as probe, torch.set_grad_enabled(needs_backward):
             loss = response_loss_sum(model, batch, precision, factor)
-            if not math.isfinite(loss.item()):
+            if is_any(not math.isfinite(loss.item())):
                 # The head is no module's call: what is finite until the loss broke there.
                 place = int(batch.labelled_N[0]) if len(batch.labelled_N) else 0
                 return _Seen(
@@ -134,13 +167,13 @@ def _pass(model: Any, batches: Sequence[Batch], precision: Precision, factor: fl
                 )
             if needs_backward:
                 (loss * factor).backward()
-        if needs_backward and not _gradients_finite(model):
+        if needs_backward and is_any(not _gradients_finite(model)):
             return _Seen(True, False, probe.first_bad or BadTensor("backward", HEAD, 0, 1, batch.num_tokens), number)
     return _Seen()
 
 
 def _gradients_finite(model: Any) -> bool:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
     return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
 
 

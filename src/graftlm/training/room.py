@@ -15,14 +15,16 @@ from graftlm.device import Precision, available_memory_bytes, memory_here_bytes
 from graftlm.health.activations import Learns
 from graftlm.health.devices import device_here
 from graftlm.health.finding import Finding
-from graftlm.health.memory import GIB, StageSize, peak
+from graftlm.health.memory import GIB, Moment, StageSize, peak
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, measured_rows
+from graftlm.health.sharding import peak_of_rank
 from graftlm.model.causal import plain_model
 from graftlm.model.shapes import Shape, shape_of
 from graftlm.recipe import Lora, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Steps, common_prefix
+from graftlm.training.ranks import ALONE, Ranks
 
 SURE = 1.1
 """The estimate is right to a tenth (bench/memory.py): what needs more than this does not fit."""
@@ -64,22 +66,22 @@ def facts_of(rows: TokenRows, source: str) -> RowFacts:
 
 
 def memory_finding(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, num_sharing: int = 1
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, ranks: Ranks = ALONE
 ) -> Finding | None:
     """What there is to tell of a prepared stage's memory: fatal where it surely does not fit, None where it does.
 
-    `num_sharing` processes of this machine train it together.
+    `ranks` train it together.
     """
-    there = memory_here_bytes(precision.device, num_sharing)
+    there = memory_here_bytes(precision.device, ranks.local_count)
     if there is None:
         return None
     device = replace(device_here(precision.device), memory_bytes=there)
-    wish, size = _prepared(model, stage, steps, precision, first_new_id)
-    worst = peak(size)
+    wish, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
+    worst = _peak(size, ranks)
     needed = with_overhead(worst, device)
     if needed <= device.memory_bytes:
         return None
-    changes = plan_stage(wish, device).changes
+    changes = plan_stage(wish, device, ranks.count, ranks.num_parts).changes
     return Finding(
         "does-not-fit", "fatal" if needed > SURE * device.memory_bytes else "warning", wish.place, None,
         f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {device.memory_bytes / GIB:.1f} are there.",
@@ -90,28 +92,33 @@ def memory_finding(
 
 
 def holds_copy(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, num_sharing: int = 1
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, ranks: Ranks = ALONE
 ) -> bool:
     """Whether a checkpoint's tensors fit into the host's memory a second time, beside a prepared stage at its peak.
 
     No where the system does not say how much there is.
     """
-    _, size = _prepared(model, stage, steps, precision, first_new_id)
+    _, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
     if precision.device.type == "cuda":
         free = available_memory_bytes()
         return free is not None and free > SURE * size.checkpoint_bytes
-    there = memory_here_bytes(precision.device, num_sharing)
-    needed = with_overhead(peak(size), device_here(precision.device)) + size.checkpoint_bytes
+    there = memory_here_bytes(precision.device, ranks.local_count)
+    needed = with_overhead(_peak(size, ranks), device_here(precision.device)) + size.checkpoint_bytes
     return there is not None and there > SURE * needed
 
 
 def _prepared(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None
+    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, ranks: Ranks
 ) -> tuple[StageWish, StageSize]:
-    """A prepared stage as a plan has it."""
+    """A prepared stage as a plan has it, and the size of a rank's share of it."""
     shape = shape_of(plain_model(model).config.to_dict(), stage.name)
     num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
     wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
     is_cpu = precision.device.type == "cpu"
-    size = size_of(wish, precision.name, is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
+    own = replace(wish, batch_rows=-(-wish.batch_rows // ranks.count)) if ranks.num_parts > 1 else wish
+    size = size_of(own, precision.name, is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
     return wish, size
+
+
+def _peak(size: StageSize, ranks: Ranks) -> Moment:
+    return peak(size) if ranks.num_parts == 1 else peak_of_rank(size, ranks.num_parts)

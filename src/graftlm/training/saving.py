@@ -63,10 +63,13 @@ class _Write:
 
 
 class Saver:
-    """Saves the states of one stage, one after another: `in_background` from a copy, otherwise within the step."""
+    """Saves the states of one stage, one after another: `in_background` from a copy, otherwise within the step.
 
-    def __init__(self, metrics: Metrics, in_background: bool) -> None:
-        self.metrics, self.in_background = metrics, in_background
+    `copies` is false where what is given is memory of its own, made for the save alone.
+    """
+
+    def __init__(self, metrics: Metrics, in_background: bool, copies: bool = True) -> None:
+        self.metrics, self.in_background, self.copies = metrics, in_background, copies
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._in_flight: _Write | None = None
 
@@ -78,7 +81,8 @@ class Saver:
         self.wait()
         began = time.perf_counter()
         if self.in_background:
-            self._in_flight = write = _Write(folder, self._copied(checkpoint), num_kept)
+            held = self._copied(checkpoint) if self.copies else checkpoint
+            self._in_flight = write = _Write(folder, held, num_kept)
             write.waited_seconds = time.perf_counter() - began
             write.thread.start()
             return
@@ -98,6 +102,11 @@ class Saver:
             began = time.perf_counter()
             write.thread.join()
             self._told(write, began)
+
+    def wait_for_room(self) -> None:
+        """Before memory is made for a save: until that of the one before it is free. Raises its error."""
+        if not self.copies:
+            self.wait()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ is one file of trained tensors, kept and put back by `trained.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,8 @@ from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.look import Look
 from graftlm.health.probe import NameOf, no_name
-from graftlm.model.causal import body_of, plain_model, recompute_activations
-from graftlm.model.frozen import hold_frozen_as
-from graftlm.model.packed import attend_packed, attend_plain, attention_in_words
-from graftlm.model.rows import lay_rows_together
+from graftlm.model.causal import body_of, plain_model
+from graftlm.model.packed import attention_in_words
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say
 from graftlm.text.rows import TokenRows
@@ -41,6 +40,7 @@ from graftlm.training.checkpoint import (
     load_checkpoint,
     load_newest_checkpoint,
     newest_good_weights,
+    precision_begun_in,
     save_checkpoint,
     step_folder,
 )
@@ -53,7 +53,9 @@ from graftlm.training.optim import (
     optimizer_tensors,
     restore_optimizer,
 )
+from graftlm.training.parts import parts_of
 from graftlm.training.precision import make_precision
+from graftlm.training.prepared import prepared
 from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
@@ -63,13 +65,7 @@ from graftlm.training.saving import Saver, facts_of_saves
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
 from graftlm.training.together import checkpoint_from_first, gravest
-from graftlm.training.trainable import (
-    copy_weights,
-    learning_roles,
-    prepare_model,
-    restore_model,
-    trainable_parameters,
-)
+from graftlm.training.trainable import copy_weights, trainable_parameters
 from graftlm.training.trained import TRAINED
 
 STATE_GROUPS = ("weights", "optimizer", "random")
@@ -113,17 +109,12 @@ class StageRun:
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl", ranks.is_first)
         seed_everything(stage.seed)
-        self.precision = make_precision(stage, device)
-        self.model = prepare_model(model.float(), stage.trains, first_new_id, stage.seed)
-        self.held = hold_frozen_as(self.model, self.precision.compute_dtype, stage.frozen_base)
-        self.model.to(device)
-        lay_rows_together(self.model)
-        attend_packed(body_of(self.model))
+        self.precision = make_precision(stage, device, self._begun_in(), ranks.mesh is None)
+        self.prepared = prepared(model.float(), stage, self.precision.compute_dtype, device, first_new_id, ranks)
+        self.model = self.prepared.model
         self.attention = attention_in_words(body_of(self.model), device, self.precision.compute_dtype)
-        if stage.gradient_checkpointing:
-            recompute_activations(self.model, True)
-        self.roles = learning_roles(self.model)
-        self.optimizer = make_optimizer(self.roles, stage)
+        self.parts = parts_of(self.model, ranks)
+        self.optimizer = make_optimizer(self.parts.roles, stage)
         self.steps = Steps(
             rows,
             batch_rows=stage.batch_rows,
@@ -133,20 +124,22 @@ class StageRun:
             sparing=_sparing(stage, self.model),
             rank=ranks.rank,
             num_ranks=ranks.count,
+            is_even=ranks.mesh is not None,
         )
         num_steps = self.steps.num_steps
         self.step = self.num_updates = 0
         self.ranks.draw_apart(self.stage.seed, self.step)
-        prepared = (self.model, stage, self.steps, self.precision, first_new_id)
-        self.saver = Saver(self.metrics, saves_beside and holds_copy(*prepared, ranks.local_count))
+        in_hand = (self.model, stage, self.steps, self.precision, first_new_id)
+        # What ranks put together to be saved is memory of its own already.
+        self.saver = Saver(self.metrics, saves_beside and holds_copy(*in_hand, ranks), ranks.mesh is None)
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, self.saver, ranks)
-        self.recorder = Recorder(self.roles)
+        self.recorder = Recorder(self.parts.recorded, self.parts.mean)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.stop = StopAsked()
 
     def state(self) -> Checkpoint:
-        """All that the next step depends on."""
+        """All that the next step depends on: on rank 0; the others, which must call it too, hold less of it."""
         values = {
             "step": self.step,
             "num_updates": self.num_updates,
@@ -159,14 +152,14 @@ class StageRun:
         }
         tensors = {
             "weights": self._weights(),
-            "optimizer": optimizer_tensors(self.optimizer, trainable_parameters(self.model)),
+            "optimizer": self.parts.wholes(optimizer_tensors(self.optimizer, self.parts.by_name)),
             "random": random_states(),
         }
         return Checkpoint(tensors, values)
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there was one. Raises UserError."""
-        saved = checkpoint_from_first(self.ranks, lambda: load_newest_checkpoint(self.checkpoints, STATE_GROUPS))
+        saved = self._from_first(lambda: load_newest_checkpoint(self.checkpoints, STATE_GROUPS))
         if saved is None:
             self.metrics.cut_after(-1)
             return False
@@ -178,12 +171,11 @@ class StageRun:
 
     def _go_back_to(self, saved: Checkpoint) -> None:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
-        self.precision = make_precision(self.stage, self.precision.device, saved.values["precision"])
-        self.held.restore()
-        self.held = hold_frozen_as(self.model, self.precision.compute_dtype, self.stage.frozen_base)
-        self.model.to(self.precision.device)
-        copy_weights(self.model, saved.tensors["weights"])
-        restore_optimizer(self.optimizer, trainable_parameters(self.model), saved.tensors["optimizer"])
+        begun_in, is_whole = saved.values["precision"], self.ranks.mesh is None
+        self.precision = make_precision(self.stage, self.precision.device, begun_in, is_whole)
+        self.prepared.hold_for(self.precision.compute_dtype, self.precision.device)
+        copy_weights(self.parts.by_name, saved.tensors["weights"])
+        restore_optimizer(self.optimizer, self.parts.by_name, saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
         values = saved.values
         self.step, self.num_updates = values["step"], values["num_updates"]
@@ -196,7 +188,7 @@ class StageRun:
 
     def run(self) -> None:
         """Train to the end, or raise Interrupted after saving. Raises UserError, NumericalStop, DiskError too."""
-        with self.saver.settled():
+        with self.ranks.passes_answered(), self.saver.settled():
             self._run()
 
     def _run(self) -> None:
@@ -244,10 +236,7 @@ class StageRun:
 
     def untrained_model(self) -> Any:
         """The plain model as the stage found it: for a stage that was only looked at."""
-        self.held.restore()
-        model = restore_model(self.model, self.stage.trains, self.first_new_id)
-        attend_plain(model)
-        return model
+        return self.prepared.untrained()
 
     def _keep_batch(self, step: int) -> tuple[str, tuple[int, ...]]:
         return keep_batch(self.folder, self.steps, step) if self.ranks.is_first else ("", ())
@@ -263,7 +252,7 @@ class StageRun:
 
     def _roll_back(self, why: str) -> None:
         self.saver.wait()
-        saved = checkpoint_from_first(self.ranks, lambda: self.recovery.roll_back(why, self.step, self.checkpoints))
+        saved = self._from_first(lambda: self.recovery.roll_back(why, self.step, self.checkpoints))
         assert saved is not None
         self._go_back_to(saved)
         self.recovery.restore(self.ranks.from_first(self.recovery.state))
@@ -271,7 +260,7 @@ class StageRun:
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
         good = self._last_good()
-        own = replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of)
+        own = replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of, self.ranks)
         return gravest(self.ranks, own)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
@@ -279,7 +268,7 @@ class StageRun:
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
         self.saver.wait()
-        saved = checkpoint_from_first(self.ranks, lambda: newest_good_weights(self.checkpoints))
+        saved = self._from_first(lambda: newest_good_weights(self.checkpoints))
         return None if saved is None else saved.tensors["weights"]
 
     def _train(self) -> None:
@@ -294,28 +283,21 @@ class StageRun:
                 num_updates=self.num_updates,
                 lr_at=lambda updates: self.recovery.rates.of_all * shape(updates),
                 optimizer=self.optimizer,
-                groups=self.roles,
+                parts=self.parts,
                 precision=self.precision,
                 max_grad_norm=self.stage.max_grad_norm,
                 on_step=[
                     self._count, self._record, show, self.recovery.see, self._watch_heldout, self._save_regularly,
                     self._stop_if_asked,
                 ],
-                ranks=self.ranks,
             )  # fmt: skip
 
     def finished_model(self) -> Any:
-        """The plain model with what the kept weights learned, in float32 on the CPU.
+        """The plain model with what the kept weights learned, in float32 on the CPU; of several ranks, rank 0's.
 
         Merged there, so that a run continued through `apply_stage` goes on from the same bits.
         """
-        self.held.restore()
-        model = self.model.cpu()
-        copy_weights(model, load_checkpoint(self.folder / TRAINED).tensors["weights"])
-        recompute_activations(model, False)
-        model = restore_model(model, self.stage.trains, self.first_new_id)
-        attend_plain(model)
-        return model
+        return self.prepared.finished(load_checkpoint(self.folder / TRAINED).tensors["weights"])
 
     def facts(self) -> dict[str, Any]:
         """What the finished stage took: steps, tokens, seconds in steps (of every process that took part), memory."""
@@ -340,7 +322,17 @@ class StageRun:
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in trainable_parameters(self.model).items()}
+        self.saver.wait_for_room()
+        return self.parts.wholes(self.parts.by_name)
+
+    def _from_first(self, load: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+        return checkpoint_from_first(self.ranks, load, self.parts.part)
+
+    def _begun_in(self) -> str | None:
+        """The precision a stage that continues was begun in, where it must be known before layers are shared out."""
+        if self.ranks.mesh is None:
+            return None
+        return self.ranks.from_first(lambda: precision_begun_in(self.checkpoints))
 
     def _count(self, record: StepRecord) -> None:
         self.step, self.num_updates = record.step, record.num_updates
@@ -366,9 +358,10 @@ class StageRun:
             self._save()
 
     def _save(self) -> None:
-        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The weights")
+        self.parts.refuse_different("The weights")
+        state = self.state()
         if self.ranks.is_first:
-            self.saver.save(step_folder(self.checkpoints, self.step), self.state())
+            self.saver.save(step_folder(self.checkpoints, self.step), state)
 
     def _stop_if_asked(self, record: StepRecord) -> None:
         if not self.ranks.any(self.stop.is_asked):
@@ -381,15 +374,16 @@ class StageRun:
             raise Interrupted(f"{self.stage.name}: stopped after step {record.step} of {self.steps.num_steps}, saved")
 
     def _keep_result(self) -> None:
-        self.ranks.refuse_different(list(trainable_parameters(self.model).values()), "The trained weights")
+        self.parts.refuse_different("The trained weights")
+        self.saver.wait()
+        kept = self.watch.best() if self.ranks.is_first else None
+        last = self._weights() if self.ranks.from_first(lambda: kept is None) else {}
         if not self.ranks.is_first:
             return
-        self.saver.wait()
-        kept = self.watch.best()
         if kept is not None and kept.values["step"] == 0:
             say(f"{self.stage.name}: no held-out reading was better than before it; the weights it began with are kept")
         if kept is None:
             if self.stage.keep == "best" and self.watch.heldout:
                 say(f"{self.stage.name}: no held-out reading was better than before it; its last weights are kept")
-            kept = Checkpoint({"weights": self._weights()}, {"step": self.step})
+            kept = Checkpoint({"weights": last}, {"step": self.step})
         save_checkpoint(self.folder / TRAINED, kept)

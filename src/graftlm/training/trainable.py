@@ -6,6 +6,7 @@ stage prepares its model here, and restores it here from the weights it kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -77,9 +78,8 @@ def learning_roles(model: Any) -> dict[str, list[Parameter]]:
     return {role: [p for _, p in named if p.requires_grad] for role, named in roles.items()}
 
 
-def copy_weights(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+def copy_weights(parameters: Mapping[str, Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
     """Put saved weights into what learns. Raises UserError where names or shapes differ."""
-    parameters = trainable_parameters(model)
     different = sorted(parameters.keys() ^ tensors.keys())
     if different:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from graftlm.recipe import Stage
 from graftlm.training.checkpoint import load_checkpoint
-from graftlm.training.trainable import copy_weights, prepare_model, restore_model
+from graftlm.training.trainable import copy_weights, prepare_model, restore_model, trainable_parameters
 
 TRAINED = "trained"
 
@@ -23,5 +23,5 @@ def apply_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None
 def attach_stage(model: Any, stage: Stage, folder: Path, first_new_id: int | None) -> Any:
     """The model as it stood at the end of a finished stage: adapters attached, not merged."""
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
-    copy_weights(model, load_checkpoint(folder / TRAINED).tensors["weights"])
+    copy_weights(trainable_parameters(model), load_checkpoint(folder / TRAINED).tensors["weights"])
     return model

@@ -1,0 +1,119 @@
+"""A stage's model made ready to learn, and made plain again afterwards.
+
+Owns the order of that: what learns, how the rest is held, where it lies, how it attends, over whom its layers are
+shared out. Where they are, rank 0 makes the plain model anew at the end, of modules kept without numbers. Does not know
+steps or files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from graftlm.model.causal import body_of, recompute_activations
+from graftlm.model.frozen import HeldLayers, hold_frozen_as
+from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.model.rows import lay_rows_together
+from graftlm.model.sharded import shard_layers
+from graftlm.recipe import Stage
+from graftlm.training.ranks import Ranks
+from graftlm.training.trainable import copy_weights, prepare_model, restore_model, trainable_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class WholeModel:
+    """A model that learns as it was before its layers were shared out: its modules without numbers, and the weights
+    that do not learn."""
+
+    modules: Any
+    frozen: dict[str, Tensor]
+
+    def with_weights(self, learned: Mapping[str, Tensor]) -> Any:
+        """The model again, holding these weights; no tensor is copied. May be called once."""
+        tensors = {**self.frozen, **learned}
+        made = {id(p): Parameter(tensors[name], p.requires_grad) for name, p in self.modules.named_parameters()}
+        named = self.modules.named_parameters(remove_duplicate=False)
+        # A tied matrix has two names, and both are given one parameter.
+        state = self.modules.state_dict() | {name: made[id(p)] for name, p in named}
+        self.modules.load_state_dict(state, assign=True)
+        return self.modules
+
+
+def whole_model(model: Any) -> WholeModel:
+    """What is kept of a model before its layers are shared out; its frozen tensors are not copied."""
+    # The memo of the copy: where one of these parameters stood, its twin without numbers does.
+    hollow: dict[int, Any] = {
+        id(p): Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return WholeModel(copy.deepcopy(model, hollow), frozen)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A model ready to learn. `held` are the frozen layers that others stand for; `whole` is what rank 0 makes the
+    finished model of where layers are shared out."""
+
+    model: Any
+    stage: Stage
+    first_new_id: int | None
+    held: HeldLayers
+    whole: WholeModel | None
+    is_shared_out: bool
+
+    def hold_for(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Hold what does not learn as products in `dtype` want it. Of layers shared out it is held so already."""
+        if not self.is_shared_out:
+            self.held.restore()
+            self.held = hold_frozen_as(self.model, dtype, self.stage.frozen_base)
+            self.model.to(device)
+
+    def finished(self, learned: Mapping[str, Tensor]) -> Any:
+        """The plain model with these weights, in float32 on the CPU; where layers are shared out, rank 0's to ask for.
+
+        Raises UserError where `learned` is not what this stage trains.
+        """
+        if self.is_shared_out:
+            assert self.whole is not None, "the finished model is rank 0's"
+            return self._plain(self.whole.with_weights(learned))
+        self.held.restore()
+        model = self.model.cpu()
+        copy_weights(trainable_parameters(model), learned)
+        recompute_activations(model, False)
+        return self._plain(model)
+
+    def untrained(self) -> Any:
+        """The plain model as it was found, of one that was only looked at."""
+        self.held.restore()
+        return self._plain(self.model)
+
+    def _plain(self, model: Any) -> Any:
+        model = restore_model(model, self.stage.trains, self.first_new_id)
+        attend_plain(model)
+        return model
+
+
+def prepared(
+    model: Any, stage: Stage, dtype: torch.dtype, device: torch.device, first_new_id: int | None, ranks: Ranks
+) -> Prepared:
+    """Make a float32 model ready for a stage whose products are of `dtype`. Raises UserError, RankLost."""
+    model = prepare_model(model, stage.trains, first_new_id, stage.seed)
+    is_shared_out = ranks.mesh is not None
+    whole = whole_model(model) if is_shared_out and ranks.is_first else None
+    held = hold_frozen_as(model, dtype, stage.frozen_base)
+    model.to(device)
+    lay_rows_together(model)
+    attend_packed(body_of(model))
+    if stage.gradient_checkpointing:
+        recompute_activations(model, True)
+    if ranks.mesh is not None:
+        with ranks.passes_answered():
+            shard_layers(model, ranks.mesh)
+        held = HeldLayers(())  # what they stood for is kept whole by rank 0, or not needed
+    return Prepared(model, stage, first_new_id, held, whole, is_shared_out)
