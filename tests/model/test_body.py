@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.lora import attach_lora
-from graftlm.model.packed import attend_packed, make_layout
+from graftlm.model.packed import attend_packed, attend_plain, make_layout
 from tests.training.tiny_training import exact_norms
 
 LENGTHS = [5, 1, 9, 4, 9, 2]
@@ -93,3 +93,13 @@ def test_no_label_at_all_is_no_error() -> None:
     layout = make_layout(LENGTHS, torch.device("cpu"), 0, none)
     hidden_NH = labelled_hidden_states(model, torch.ones(1, sum(LENGTHS), dtype=torch.long), layout, none)
     assert hidden_NH.shape == (0, 32)
+
+
+def test_rows_that_would_see_one_another_are_refused() -> None:
+    """Transformers' own attention passes `layout=` over: a loss over packed rows would be wrong in silence."""
+    model = causal(LlamaConfig)
+    attend_packed(body_of(model))
+    attend_plain(body_of(model))
+    layout = make_layout(LENGTHS, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="attend_packed first"):
+        labelled_hidden_states(model, torch.ones(1, sum(LENGTHS), dtype=torch.long), layout, torch.tensor([1]))

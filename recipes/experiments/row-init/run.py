@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from graftlm.device import Precision
-from graftlm.model.causal import load_causal
+from graftlm.model.causal import body_of, load_causal
 from graftlm.model.grow import expand_model
+from graftlm.model.packed import attend_packed
 from graftlm.pipeline import preflight_recipe
 from graftlm.recipe import Stage
 from graftlm.recipe_file import load_recipe
@@ -86,6 +87,7 @@ def main() -> None:
                 ]
                 found["gradient_peak"] = max(found["gradient_peak"], *norms)
                 model, done = run.finished_model(), done + steps
+            attend_packed(body_of(model))  # the finished stage left it attending from row to row
             losses = heldout_losses(model, heldout, FP32, 8192)
             found |= {"loss": losses.loss_per_target, "bits_per_byte": losses.bits_per_byte}
             print(json.dumps(found), flush=True)

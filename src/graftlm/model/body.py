@@ -16,7 +16,7 @@ import torch
 from transformers.models.llama.modeling_llama import rotate_half
 
 from graftlm.model.causal import body_of
-from graftlm.model.packed import PackedLayout, labelled_attention
+from graftlm.model.packed import PackedLayout, attends_packed, labelled_attention
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,6 +26,7 @@ def labelled_hidden_states(
 ) -> torch.Tensor:
     """The body's output (after its last norm) at `labelled_N`, (N, H), adapters included."""
     body = body_of(model)
+    assert attends_packed(body), "rows would see those before them: attend_packed first"
     if layout.ends_at_N is None:
         output = body(input_ids=ids_1T, position_ids=layout.positions_1T, use_cache=False, layout=layout)
         return output.last_hidden_state[0, labelled_N]

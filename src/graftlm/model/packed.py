@@ -257,6 +257,12 @@ def refuse_longer_rows(model: PreTrainedModel, longest: int) -> None:
         )
 
 
+def attends_packed(model: PreTrainedModel) -> bool:
+    """Whether `attend_packed` was the last to be asked: otherwise `layout=` is passed over in silence, and packed rows
+    see one another."""
+    return model.config._attn_implementation == PACKED
+
+
 def attend_plain(model: PreTrainedModel) -> None:
     """Make `model` attend as transformers does, for generation."""
     model.set_attn_implementation("sdpa")
