@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_recipe import write_tiny_recipe
 
 from graftlm.cli.launch import _end, _without_places, launch
+from graftlm.cli.road import CALLED_AS, _program
 from graftlm.errors import RankLost, UserError
 from graftlm.recipe_file import load_recipe
 from graftlm.run import read_json, read_metrics
@@ -50,6 +51,14 @@ def test_started_as_torchrun_does_two_processes_are_one_run(recipe: Path, tmp_pa
         assert {line["event"] for line in read_metrics(run / stage / "metrics.jsonl")} >= {"step", "heldout"}
     assert not list(run.rglob(".*.[0-9]*"))  # nothing half-written
     assert weights(run)
+
+
+def test_a_rank_names_the_program_as_its_launcher_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CALLED_AS, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/graftlm/__main__.py"])
+    assert _program() == "python -m graftlm"
+    monkeypatch.setenv(CALLED_AS, "graftlm")
+    assert _program() == "graftlm"
 
 
 def test_more_ranks_than_rows_of_a_step_are_refused_by_name(recipe: Path) -> None:

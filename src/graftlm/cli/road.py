@@ -13,6 +13,8 @@ from graftlm.cli.options import AsJson, OutNeeded, RunOut, check_new_folder
 from graftlm.cli.show import show
 from graftlm.errors import UserError
 
+CALLED_AS = "GRAFTLM_CALLED_AS"
+
 INITS = "normal, mean, subpiece-mean, subpiece-mean-norm or similarity"
 
 
@@ -45,6 +47,7 @@ def run(
     loaded = load_recipe(recipe, overrides or (), needs_files=place.rank == 0)
     folder = out or Path("runs") / loaded.name
     if gpus is not None and (gpus > 1 or place.count > 1):
+        os.environ[CALLED_AS] = _program()
         launch(gpus, place, loaded, [str(recipe), *(overrides or ()), *_flags(out, as_json)])
         return
     result = run_as_rank(place, loaded, folder)
@@ -100,8 +103,9 @@ def sweep(
 
 
 def _program() -> str:
-    """How this program was called, for a line to type."""
-    return "python -m graftlm" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
+    """How this program was called, for a line to type: of a rank, how its launcher was."""
+    here = "python -m graftlm" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
+    return os.environ.get(CALLED_AS, here)
 
 
 def _show_questions(questions: dict[str, Any]) -> None:
