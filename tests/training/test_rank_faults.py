@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import ended, environment, on_ranks, started
-from tiny_training import FIRST_NEW_ID, FULL, make_rows, make_stage, tiny_model, weights_sha256
+from rank_stage import AT, CPU, PATIENCE, run_of, whole
 
 from graftlm.errors import DiskError, NumericalStop, RankLost, UserError
 from graftlm.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -22,23 +22,6 @@ from graftlm.training.joining import joined
 from graftlm.training.place import Place, place_here
 from graftlm.training.ranks import ALONE, Ranks, error_of, told_of
 from graftlm.training.stacks import SILENT, keep_stacks, own_stacks, stacks_told
-from graftlm.training.stage import StageRun
-
-CPU = torch.device("cpu")
-PATIENCE = 2.0
-STAGE = make_stage(FULL, epochs=4, keep="last")
-AT = 7
-
-
-def run_of(ranks: Ranks, folder: Path) -> StageRun:
-    folder.mkdir(exist_ok=True)
-    return StageRun(tiny_model(), STAGE, make_rows(), {}, folder, CPU, FIRST_NEW_ID, ranks=ranks)
-
-
-def whole(ranks: Ranks, folder: Path) -> str:
-    run = run_of(ranks, folder)
-    run.run()
-    return weights_sha256(run.model)
 
 
 def killed(ranks: Ranks) -> None:

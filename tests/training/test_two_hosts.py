@@ -15,38 +15,22 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import ended, free_port, on_ranks, started
-from tiny_training import FIRST_NEW_ID, FULL, make_rows, make_stage, tiny_model, weights_sha256
+from rank_stage import AT, CPU, PATIENCE, run_of, whole
+from tiny_training import weights_sha256
 from two_hosts import ADDRESSES, WIRE, Hosts, move_to, two_hosts
 
 from graftlm.errors import UserError
 from graftlm.training.checkpoint import load_checkpoint, newest_checkpoint
 from graftlm.training.joining import joined
 from graftlm.training.place import place_here
-from graftlm.training.ranks import ALONE, Ranks
-from graftlm.training.stage import StageRun
+from graftlm.training.ranks import ALONE
 from graftlm.training.trained import TRAINED
-
-CPU = torch.device("cpu")
-STAGE = make_stage(FULL, epochs=4, keep="last")
-PATIENCE = 2.0
-AT = 7
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     with two_hosts() as made:
         yield made
-
-
-def run_of(ranks: Ranks, folder: Path) -> StageRun:
-    folder.mkdir(exist_ok=True)
-    return StageRun(tiny_model(), STAGE, make_rows(), {}, folder, CPU, FIRST_NEW_ID, ranks=ranks)
-
-
-def whole(ranks: Ranks, folder: Path) -> str:
-    run = run_of(ranks, folder)
-    run.run()
-    return weights_sha256(run.model)
 
 
 def on_host(hosts: Hosts, port: int, folder: Path, fault: str = "") -> str:
