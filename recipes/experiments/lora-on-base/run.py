@@ -104,7 +104,7 @@ def train(
     run = StageRun(model, stage, rows, {"new": heldout}, folder, FP32.device, first_new_id)
     if arm == "no-master":
         run.model.half()
-        run.recorder = Recorder(run.roles)
+        run.recorder = Recorder(run.parts.roles)
     with contextlib.nullcontext() if is_native else HalfProducts():
         run.run()
     return run.finished_model().float()
