@@ -100,8 +100,10 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on(
     checkpoints = tmp_path / "run" / "checkpoints"
     newest = newest_checkpoint(checkpoints)
     assert newest is not None
-    assert load_checkpoint(newest).values["step"] == AT - 1
-    assert all(folder.name.startswith("step-") for folder in checkpoints.iterdir())
+    # Rank 0 writes beside the training: struck down, it may leave the newest half written, never the one before.
+    is_struck_down = codes[0] == -signal.SIGKILL
+    assert load_checkpoint(newest).values["step"] in ({AT - 1, AT - 3} if is_struck_down else {AT - 1})
+    assert all(folder.name.startswith("step-") or is_struck_down for folder in checkpoints.iterdir())
     if fault is hanging:  # the place is told, of both: where the one sleeps, and where the other waits
         stacks = {one: (tmp_path / "run" / "stacks" / f"rank-{one}.txt").read_text() for one in (0, 1)}
         assert "in hanging" in stacks[1]
