@@ -100,7 +100,7 @@ def test_a_crash_is_one_finding_with_count_and_place_and_cut(tmp_path: Path) -> 
     for words in ("adapter", "Seen 6 times", "3 of the steps logged", "ended the run at step 23, after 2 rollbacks"):
         assert words in told.finding.evidence, words
     # Two cuts of all rates were not enough: the next run takes a third of what they had come to.
-    assert told.lines == ("stages.lora.peak_lr=8.1e-06", "stages.lora.groups.new_rows.peak_lr=2.7e-05")
+    assert told.lines == ("stages.lora.peak_lr=2.7e-06", "stages.lora.groups.new_rows.peak_lr=9e-06")
     assert "0.09 of the recipe's rates" in told.finding.cure
 
 
@@ -119,7 +119,7 @@ def test_where_one_roles_rate_was_cut_the_line_is_of_that_role_alone(tmp_path: P
     stop = {"event": "stopped", "step": 30, "text": "lora, step 30: the loss rose. 2 rollbacks did not help."}
     dead = autopsy(write_run(tmp_path / "dead", [[*attempts, *climb(21, 30, 4, 7), blamed, stop]]))
     # The new rows' own 1e-3 has come down to 9e-5, below the stage's 3e-4: now all are cut.
-    assert dead.changes == ["stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=2.7e-05"]
+    assert dead.changes == ["stages.lora.peak_lr=3e-05", "stages.lora.groups.new_rows.peak_lr=9e-06"]
 
 
 def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_damage_nobody_mended_is_judged_by_its_end(tmp_path: Path, end: float, v
     [told] = [d for d in found.diagnoses if d.finding.severity == "fatal"]
     assert (told.finding.cause, told.finding.step) == ("loss-rose", 75)
     assert f"ended at {end:.2f}" in told.finding.evidence  # of the curve, behind what the incident says
-    assert told.lines == ("stages.lora.groups.new_rows.peak_lr=0.0003",)
+    assert told.lines == ("stages.lora.groups.new_rows.peak_lr=0.0001",)
 
 
 def test_bad_rows_are_named_by_token_text_and_file_and_line(tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_findings_are_told_gravest_first_and_one_line_a_knob(tmp_path: Path) -> 
     found = autopsy(run)
     assert [d.finding.severity for d in found.diagnoses] == ["fatal", "warning", "note"]
     assert found.changes == [
-        "stages.lora.peak_lr=9e-05",
-        "stages.lora.groups.new_rows.peak_lr=0.0003",
+        "stages.lora.peak_lr=3e-05",
+        "stages.lora.groups.new_rows.peak_lr=0.0001",
         "stages.lora.groups.adapter.peak_lr=5e-05",
     ]
 
@@ -271,7 +271,7 @@ def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_p
 @pytest.mark.parametrize(
     ("cause", "asked", "more", "lines"),
     [
-        ("ratchet", {"peak_lr": 1.0}, {}, ["stages.s.peak_lr=0.3"]),
+        ("ratchet", {"peak_lr": 1.0}, {}, ["stages.s.peak_lr=0.1"]),
         (
             "forward-overflow",
             {"peak_lr": 1.0, "groups": {"body": {"peak_lr": 2.0}, "adapter": {"peak_lr": 3.0}}},
@@ -304,7 +304,7 @@ def test_the_lines_are_overrides_a_recipe_takes(tmp_path: Path) -> None:
     causes = ("loss-rose", "huge-new-rows", "no-forward-headroom", "eps-underflow", "adapter-push-high")
     lines = [line for cause in causes for line in recipe_lines(cause, asked, lora_factor=2.0)]
     changed = load_recipe(demo, lines)
-    assert changed.stages[-1].peak_lr == pytest.approx(0.3 * stage.peak_lr)
+    assert changed.stages[-1].peak_lr == pytest.approx(0.1 * stage.peak_lr)
     assert changed.stages[-1].groups.adapter.peak_lr == pytest.approx(1e-4)
     assert (changed.stages[-1].eps, changed.stages[-1].precision) == (1e-6, "fp32")
 
@@ -327,7 +327,7 @@ def test_the_scratch_base_of_a_run_is_a_stage_of_its_own(tmp_path: Path) -> None
     write_stage(run / "0-scratch", [*good(1, 60), *climb(61, 110, 3, 12)])
     found = autopsy(run)
     assert [course.name for course in found.courses] == ["0-scratch", "4-lora"]
-    assert found.changes == ["base.scratch.training.peak_lr=0.3"]
+    assert found.changes == ["base.scratch.training.peak_lr=0.1"]
 
 
 def test_a_pasted_deepspeed_log_that_ends_at_the_floor_crashed(tmp_path: Path) -> None:

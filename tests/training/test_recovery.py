@@ -15,7 +15,7 @@ from tiny_training import FIRST_NEW_ID, LORA_ALL, spoken_rows, stage_of, weights
 from graftlm.errors import NumericalStop
 from graftlm.health.autopsy import autopsy
 from graftlm.health.incident import HOPELESS, Incident, finding_of
-from graftlm.health.rates import RateCuts, rate_cuts_of
+from graftlm.health.rates import RATE_CUT, RateCuts, rate_cuts_of
 from graftlm.release.autopsy_page import autopsy_page
 from graftlm.run import read_metrics, write_json
 from graftlm.training.checkpoint import good_checkpoints, save_checkpoint, step_folder
@@ -47,17 +47,17 @@ def test_a_rate_far_too_high_is_cut_until_the_run_goes_well(tmp_path: Path, base
     assert [line["number"] for line in told] == list(range(1, len(told) + 1))
     # The adapter is to blame and has a rate of its own: it is cut, and nothing else is.
     assert [line["rate_factors"]["adapter"] for line in told] == pytest.approx(
-        [0.3**n for n in range(1, len(told) + 1)]
+        [RATE_CUT**n for n in range(1, len(told) + 1)]
     )
     assert [(line["rate_factor"], line["cut"]) for line in told] == [(1.0, ["adapter"])] * len(told)
     assert all("cut for the adapter to 0." in line["text"] for line in told)
     shares = {group["role"]: group["peak_lr"] / group["asked_lr"] for group in run.optimizer.param_groups}
-    assert shares == pytest.approx({"adapter": 0.3 ** len(told), "old_rows": 1.0, "new_rows": 1.0})
+    assert shares == pytest.approx({"adapter": RATE_CUT ** len(told), "old_rows": 1.0, "new_rows": 1.0})
     assert all("Rolled back to step" in line["text"] and "adapter" in line["text"] for line in told)
     steps = events(tmp_path, "step")
     assert steps[-1]["step"] == 48
     assert steps[-1]["loss"] < 2  # it began at about 0.4 and knows nothing at 3.9
-    assert max(line["lr"] for line in steps[-40:]) <= 3.0 * 0.3 * 1.001
+    assert max(line["lr"] for line in steps[-40:]) <= 3.0 * RATE_CUT * 1.001
 
 
 def test_without_rates_of_their_own_all_are_cut_alike(tmp_path: Path, base: Any) -> None:
@@ -65,24 +65,24 @@ def test_without_rates_of_their_own_all_are_cut_alike(tmp_path: Path, base: Any)
     run.run()
     told = events(tmp_path, "intervention")
     assert told
-    assert [line["rate_factor"] for line in told] == pytest.approx([0.3**n for n in range(1, len(told) + 1)])
+    assert [line["rate_factor"] for line in told] == pytest.approx([RATE_CUT**n for n in range(1, len(told) + 1)])
     assert [(line["rate_factors"], line["cut"]) for line in told] == [({}, ["all"])] * len(told)
-    assert "the learning rate is 0.3 of the recipe's from there on." in told[0]["text"]
+    assert "the learning rate is 0.1 of the recipe's from there on." in told[0]["text"]
     assert all(group["peak_lr"] == group["asked_lr"] for group in run.optimizer.param_groups)
 
 
 def test_whose_rate_is_cut() -> None:
     """A blamed role that learns faster than the stage alone, until it does no more; else everybody."""
-    own = {"adapter": None, "body": None, "old_rows": 1e-4, "new_rows": 2e-3}
+    own = {"adapter": None, "body": None, "old_rows": 1e-4, "new_rows": 2e-2}
     cuts = [RateCuts()]
     for _ in range(3):
         cuts.append(cuts[-1].cut(["new_rows", "adapter", "old_rows"], 3e-4, own))
-    assert [one.of_roles.get("new_rows") for one in cuts[1:]] == pytest.approx([0.3, 0.09, 0.09])
-    assert [one.of_all for one in cuts] == [1.0, 1.0, 1.0, 0.3]
-    assert cuts[3].of("new_rows") == pytest.approx(0.027)
+    assert [one.of_roles.get("new_rows") for one in cuts[1:]] == pytest.approx([RATE_CUT, RATE_CUT**2, RATE_CUT**2])
+    assert [one.of_all for one in cuts] == [1.0, 1.0, 1.0, RATE_CUT]
+    assert cuts[3].of("new_rows") == pytest.approx(RATE_CUT**3)
     assert cuts[3].roles_cut_since(cuts[2]) == ["all"]
     assert cuts[2].roles_cut_since(cuts[1]) == ["new_rows"]
-    assert RateCuts().cut([], 3e-4, own) == RateCuts().cut(["adapter", "old_rows"], 3e-4, own) == RateCuts(0.3)
+    assert RateCuts().cut([], 3e-4, own) == RateCuts().cut(["adapter", "old_rows"], 3e-4, own) == RateCuts(RATE_CUT)
     assert rate_cuts_of(json.loads(json.dumps(cuts[3].state()))) == cuts[3]
     assert rate_cuts_of({"rate_factor": 0.09}) == RateCuts(0.09)  # as earlier versions wrote it
 
@@ -109,7 +109,10 @@ def test_a_state_that_fails_again_was_no_good(tmp_path: Path, base: Any) -> None
         save_checkpoint(step_folder(run.checkpoints, step), run.state())
     targets = [run.recovery.roll_back("it failed", 7, run.checkpoints).values["step"] for _ in range(3)]
     assert targets == [4, 0, 0]
-    assert run.recovery.rates.of_all == pytest.approx(0.3**3)
+    told = events(tmp_path, "intervention")
+    assert [line["rate_factor"] for line in told] == pytest.approx([RATE_CUT, RATE_CUT, RATE_CUT**2])
+    assert [line["cut"] for line in told] == [["all"], [], ["all"]]  # the state was to blame, not the rate cut for it
+    assert "Rolled back to step 0, since the later state was no good either;" in told[1]["text"]
 
 
 def test_killed_after_a_rollback_it_ends_with_the_same_weights(tmp_path: Path, base: Any) -> None:
@@ -157,7 +160,7 @@ def test_advice_blames_the_rate_and_not_the_start_of_rows_that_began_well(tmp_pa
     grow = {"embedding": "normal", "head": "normal"}
     write_json(tmp_path / "run" / "recipe.json", {"recipe": {"name": "r", "stages": [stage], "grow": grow}})
     changes = autopsy(tmp_path / "run").changes
-    assert "stages.sft.peak_lr=0.9" in changes
+    assert "stages.sft.peak_lr=0.3" in changes
     assert not [line for line in changes if line.startswith("grow.")]
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from graftlm.health.finding import Finding, Severity
+from graftlm.health.rates import RATE_CUT
 
 Class = Literal[
     "weights-not-finite", "empty-labels", "forward-not-finite", "forward-overflow", "backward-overflow",
@@ -181,15 +182,16 @@ def _cure(incident: Incident) -> str:
     if is_bad_start(incident):
         return "They were bad before this stage learned anything: choose another grow.embedding and grow.head."
     if incident.cause == "weights-not-finite":
-        return "Take the weights before it (roll back, or another copy of the base) and lower peak_lr to 0.3 of it."
+        before = "Take the weights before it (roll back, or another copy of the base)"
+        return f"{before} and lower peak_lr to {RATE_CUT:g} of it."
     rate = {
-        "adapter": "Lower peak_lr (groups.adapter.peak_lr) to 0.3 of it; alpha/rank counts as the rate does",
-        "new_rows": "Lower groups.new_rows.peak_lr to 0.3 of it",
-        "old_rows": "Lower groups.old_rows.peak_lr to 0.3 of it",
-        "body": "Lower groups.body.peak_lr to 0.3 of it",
+        "adapter": f"Lower peak_lr (groups.adapter.peak_lr) to {RATE_CUT:g} of it; alpha/rank counts as the rate does",
+        "new_rows": f"Lower groups.new_rows.peak_lr to {RATE_CUT:g} of it",
+        "old_rows": f"Lower groups.old_rows.peak_lr to {RATE_CUT:g} of it",
+        "body": f"Lower groups.body.peak_lr to {RATE_CUT:g} of it",
     }
     blamed = incident.culprits or incident.bad_from_start
-    first = rate.get(blamed[0] if blamed else "", "Lower peak_lr to 0.3 of it")
+    first = rate.get(blamed[0] if blamed else "", f"Lower peak_lr to {RATE_CUT:g} of it")
     if incident.cause == "forward-overflow":
         return f"{first} from the last good state on; bf16 or fp32 have the range, but not the cure if loss climbs."
     return f"{first} from the last good state on."

@@ -4,8 +4,8 @@ Owns the decision and its budget: which skipped steps are replayed, what counts 
 learning rate is cut. Does not run passes (`replay.py`) and does not touch weights: the stage rolls back, asked by a
 `Trouble` raised here. `stage.recovery` says how far this goes: automatic, advise (replay and tell), or off.
 
-The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and 0.3 of the rate;
-`health/rates.py` says whose.
+The cure is the one that was measured to work (docs/why-lora-diverges.md): the last good state and a tenth of the rate;
+`health/rates.py` says whose. Trouble again from that same state tells of the state alone, and not of the lower rate.
 """
 
 from __future__ import annotations
@@ -136,25 +136,29 @@ class Recovery:
     def roll_back(self, why: str, step: int, checkpoints: Path) -> Checkpoint:
         """The last good state, and the rate cut; what came after it is removed and the intervention written down.
 
-        Where trouble came again from a state gone back to, that state was no good: the one before it is taken.
+        Where trouble came again from a state gone back to, that state was no good: the one before it is taken, and the
+        rate, already cut for what that state did, is left.
         Raises NumericalStop when the budget is used up, or nothing good is left to go back to.
         """
         candidates = good_checkpoints(checkpoints)
         is_beyond_budget = self.num_rollbacks >= self.stage.max_rollbacks
         if not candidates or self.stage.recovery != "automatic" or is_beyond_budget:
             self._give_up(why, step)
-        if len(candidates) > 1 and candidates[-1].name == self._went_back_to:
+        is_state_bad = len(candidates) > 1 and candidates[-1].name == self._went_back_to
+        if is_state_bad:
             candidates.pop()
         good = candidates[-1]
         saved = load_checkpoint(good)
         for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
             shutil.rmtree(later, ignore_errors=True)
         before, number = self.rates, self.num_rollbacks + 1
-        rates = before.cut(self._last.culprits if self._last else (), self.stage.peak_lr, self._own_rates())
+        culprits = self._last.culprits if self._last else ()
+        rates = before if is_state_bad else before.cut(culprits, self.stage.peak_lr, self._own_rates())
         self.restore(saved.values["recovery"])
         self.rates, self.num_rollbacks, self._in_a_row = rates, number, 0
         self._went_back_to = good.name
-        text = f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}; {rates.told()}."
+        since = ", since the later state was no good either" if is_state_bad else ""
+        text = f"Step {step}: {self._told(why)} Rolled back to step {saved.values['step']}{since}; {rates.told()}."
         self.metrics.append(
             "intervention", step=saved.values["step"], number=number, at_step=step, action="rollback",
             cut=rates.roles_cut_since(before), **rates.state(), text=text,
