@@ -274,7 +274,7 @@ def test_told_while_it_trains(
 ) -> None:
     """N2: the loss rises or the forward pass overflows, and the role whose rate it was is named; then exit 3."""
     stage = stage_of(
-        trains, precision=precision, epochs=6, batch_rows=8, peak_lr=1e-4, groups={role: {"peak_lr": 3.0}},
+        trains, precision=precision, epochs=6, batch_rows=8, peak_lr=1e-4, groups={role: {"peak_lr": 30.0}},
         max_rollbacks=1,
     )  # fmt: skip
     with pytest.raises(NumericalStop) as error:

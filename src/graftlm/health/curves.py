@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from graftlm.health.finding import Finding, Verdict, alarms
+from graftlm.health.rates import RATE_CUT
 from graftlm.health.records import RunLog, finite_losses
 from graftlm.health.rise import quick_eye, slow_eye
 
@@ -48,13 +49,13 @@ def smoothed(log: RunLog) -> list[tuple[int, float]]:
 # How a run's last words read, what they mean, where, and what to do.
 _ENDINGS = (
     (r"already at minimum|the floor", "scale-at-floor", "loss scale",
-     "Roll back to the last good state and lower peak_lr (0.3 of it), or train in bf16 where there is hardware."),
+     f"Roll back to the last good state and lower peak_lr ({RATE_CUT:g} of it), or train in bf16 where that works."),
     (r"unscale FP16 gradients", "no-fp32-master", "trained weights",
      "Train fp32 masters: load the weights in fp32 and let mixed precision choose the products' dtype."),
     (r"out of memory|OutOfMemory", "out-of-memory", "device",
      "Its numbers are not to blame: take smaller micro-batches, or compute activations twice."),
     (r"not finite|loss rose|[Oo]verflow|\bnan\b|NaN", "not-finite", "training",
-     "Roll back to the last good state and lower peak_lr (0.3 of it)."),
+     f"Roll back to the last good state and lower peak_lr ({RATE_CUT:g} of it)."),
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def _storms(log: RunLog) -> list[Finding]:
             "overflow-storm", "warning" if log.last_step >= first + length + STORM_STEPS else "fatal", "gradients",
             first, f"{length} steps in a row overflowed, from step {first} on{_fall(log, first, length)}; none of them "
             "touched a weight.",
-            "No scale helps when the forward pass itself overflows: roll back and lower peak_lr (0.3 of it).",
+            f"No scale helps when the forward pass itself overflows: roll back and lower peak_lr ({RATE_CUT:g} of it).",
         )
         for first, length in _runs_of_overflows(log)
         if length >= STORM_STEPS
@@ -163,8 +164,8 @@ def _rise(log: RunLog) -> list[Finding]:
             f"The smoothed loss rose by {rise:.2f} nats above its best of {was:.2f} and "
             f"{'came back' if came_back else f'ended at {eyes[1].last:.2f}'}"
             f"{'; held-out loss fell all the same: those rows were harder' if is_harmless else ''}.",
-            "Nothing to do." if is_harmless else "Lower peak_lr (0.3 of it) from the last good checkpoint on; for LoRA "
-            "alpha/rank counts as the rate does.",
+            "Nothing to do." if is_harmless else f"Lower peak_lr ({RATE_CUT:g} of it) from the last good checkpoint "
+            "on; for LoRA alpha/rank counts as the rate does.",
         )
     ]  # fmt: skip
 
