@@ -185,7 +185,7 @@ def _cure(incident: Incident) -> str:
         before = "Take the weights before it (roll back, or another copy of the base)"
         return f"{before} and lower peak_lr to {RATE_CUT:g} of it."
     rate = {
-        "adapter": f"Lower peak_lr (groups.adapter.peak_lr) to {RATE_CUT:g} of it; alpha/rank counts as the rate does",
+        "adapter": f"Lower peak_lr (groups.adapter.peak_lr; alpha/rank counts as the rate does) to {RATE_CUT:g} of it",
         "new_rows": f"Lower groups.new_rows.peak_lr to {RATE_CUT:g} of it",
         "old_rows": f"Lower groups.old_rows.peak_lr to {RATE_CUT:g} of it",
         "body": f"Lower groups.body.peak_lr to {RATE_CUT:g} of it",
