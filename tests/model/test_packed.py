@@ -95,9 +95,9 @@ def test_no_row_sees_another() -> None:
 def test_groups_cover_every_token_once_with_little_padding() -> None:
     lengths = [int(n) for n in torch.randint(1, 300, (64,), generator=torch.Generator().manual_seed(1))]
     layout = make_layout(lengths, torch.device("cpu"))
-    flat = torch.cat([group.flat_N for group in layout.groups])
+    flat = torch.cat([group.queries.flat for group in layout.groups])
     assert torch.equal(flat.sort().values, torch.arange(sum(lengths)))
-    padded = sum(group.gather_BL.numel() for group in layout.groups)
+    padded = sum(group.queries.gather_BL.numel() for group in layout.groups)
     assert padded <= sum(lengths) / 0.8
 
 

@@ -1,6 +1,6 @@
 """What autograd keeps of one micro-batch between forward and backward, tensor by tensor.
 
-Owns that ledger, and nothing else of memory: where the forward pass changes (`model/packed.py`, `model/body.py`,
+Owns that ledger, and nothing else of memory: where the forward pass changes (`model/grouped.py`, `model/body.py`,
 `model/loss.py`, PEFT's LoRA), this file changes. `tests/health/test_plan.py` compares it with what
 `torch.autograd.graph.saved_tensors_hooks` sees, to the byte. Masters are fp32, and so is the stream between the layers;
 under autocast every linear map makes its own 16-bit copy of its input.
@@ -73,17 +73,12 @@ class Compute:
         """Whether linear maps run in 16 bits."""
         return self.num_bytes < WIDE
 
-    @property
-    def attended_bytes(self) -> int:
-        """Bytes of a number inside attention, which a CPU computes in float32."""
-        return WIDE if self.is_cpu else self.num_bytes
-
 
 def counts_of(layout: PackedLayout, num_labels: int) -> MicroBatch:
     """Count a layout."""
     shared = layout.num_shared
-    shapes = [tuple(group.gather_BL.shape) for group in layout.groups]
-    asked = [group.queries for group in layout.groups if group.queries is not None]
+    shapes = [tuple(group.keys.gather_BL.shape) for group in layout.groups]
+    asked = layout.labelled_groups
     return MicroBatch(
         num_tokens=layout.positions_1T.shape[1],
         num_shared=shared,
@@ -91,8 +86,8 @@ def counts_of(layout: PackedLayout, num_labels: int) -> MicroBatch:
         padded=sum(rows * longest for rows, longest in shapes),
         keys=sum(rows * (shared + longest) for rows, longest in shapes),
         seen=sum(longest * (shared + longest) for _, longest in shapes) if shared else 0,
-        queries=sum(queries.gather_BM.numel() for queries in asked),
-        asked=sum(queries.seen_B1MK.numel() for queries in asked),
+        queries=sum(piece.queries.gather_BL.numel() for piece in asked),
+        asked=sum(piece.seen.numel() for piece in asked if piece.seen is not None),
         is_last_sparse=layout.ends_at_N is not None,
     )
 
@@ -153,7 +148,8 @@ def kept_once(shape: Shape, learns: Learns, batch: MicroBatch, compute: Compute)
     ends = batch.num_labels if batch.is_last_sparse else batch.num_tokens
     ledger = _Ledger(shape, learns, compute)
     ledger.add(INDEX * (batch.num_tokens + batch.num_labels))
-    ledger.add((INDEX + 1) * (batch.padded + batch.queries))
+    if not compute.is_cpu:
+        ledger.add((INDEX + 1) * (batch.padded + batch.queries))
     ledger.add(2 * batch.num_tokens * shape.head_size * WIDE)
     ledger.norm(ends, shape.hidden_size)
     ledger.add(batch.num_labels * shape.hidden_size * compute.num_bytes)
@@ -189,10 +185,8 @@ class _Ledger:
         LoRA's dropout makes one for each in any case, and a mask: a float32 an entry on a CPU, a byte on a GPU.
         """
         needing = sum(map(self.learns.needs_input, names))
-        is_dropping = self.learns.kind == "lora" and self.learns.dropout > 0
-        is_own = self.compute.is_mixed or is_dropping
-        self.add(positions * width * self.compute.num_bytes * (needing if is_own else min(needing, 1)))
-        if is_dropping:
+        self.add(positions * width * self.compute.num_bytes * (needing if self._are_copied else min(needing, 1)))
+        if self._is_dropping:
             self.add(positions * width * needing * (WIDE if self.compute.is_cpu else 1))
 
     def adapter(self, positions: int, name: str) -> None:
@@ -200,30 +194,49 @@ class _Ledger:
         if self.learns.kind == "lora" and name in self.learns.targets:
             self.add(positions * self.learns.rank * self.compute.num_bytes)
 
+    @property
+    def _is_dropping(self) -> bool:
+        return self.learns.kind == "lora" and self.learns.dropout > 0
+
+    @property
+    def _are_copied(self) -> bool:
+        """Whether a linear map keeps a copy of its input, not the input itself."""
+        return self.compute.is_mixed or self._is_dropping
+
     def attention(self, batch: MicroBatch) -> None:
-        """SDPA by group of rows, and over the shared prefix: its inputs, output, log-sums, and the order after it."""
-        shape, b = self.shape, self.compute.attended_bytes
+        """Of all positions. On a GPU: SDPA by group of rows, and over the shared prefix, which is a slice; what it is
+        cut from stays, but where a cast copies the slice."""
+        if self.compute.is_cpu:
+            return self._grouped(batch.num_tokens, batch.padded + batch.num_shared, batch.num_tokens)
+        shape, b = self.shape, self.compute.num_bytes
         queries, keys = shape.query_width, shape.kv_width
         self._attended(batch.padded, batch.keys)
         self.add(batch.seen * b)
         if batch.num_shared:
-            # The prefix is a slice: what it is cut from stays, but where a cast copies the slice. Rotated queries and
-            # keys are float32, which a CPU attends in; values are what their projection gave.
-            is_mixed, is_cpu = self.compute.is_mixed, self.compute.is_cpu
-            rotated = batch.num_shared if is_mixed and not is_cpu else batch.num_tokens
-            values = batch.num_shared if is_mixed and is_cpu else batch.num_tokens
-            self.add((rotated * (queries + keys) + values * keys) * b)
+            rotated = batch.num_shared if self.compute.is_mixed else batch.num_tokens
+            self.add((rotated * (queries + keys) + batch.num_tokens * keys) * b)
             self.add(batch.num_shared * (queries * b + shape.num_heads * WIDE))
-        self.add(batch.num_tokens * (INDEX + queries * b))
+        return self.add(batch.num_tokens * (INDEX + queries * b))
 
     def labelled_attention(self, batch: MicroBatch) -> None:
         """The same for labelled positions' queries alone; keys and values of all."""
+        if self.compute.is_cpu:
+            return self._grouped(batch.num_labels, batch.queries, batch.num_tokens)
         self._attended(batch.queries, batch.keys)
-        self.add(batch.asked * self.compute.attended_bytes)
-        self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
+        self.add(batch.asked * self.compute.num_bytes)
+        return self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
+
+    def _grouped(self, queries: int, padded: int, keys: int) -> None:
+        """`model/grouped.py`: queries and keys as they were rotated (float32), values as projected, log-sums, and the
+        output in float32 (which is the output projection's input, where that keeps no copy)."""
+        shape = self.shape
+        self.add((queries * shape.query_width + keys * shape.kv_width) * WIDE)
+        self.add(keys * shape.kv_width * self.compute.num_bytes + padded * shape.num_heads * WIDE)
+        if self._are_copied or not self.learns.needs_input("o_proj"):
+            self.add(queries * shape.query_width * WIDE)
 
     def _attended(self, queries: int, keys: int) -> None:
-        b, shape = self.compute.attended_bytes, self.shape
+        b, shape = self.compute.num_bytes, self.shape
         self.add((2 * queries * shape.query_width + 2 * keys * shape.kv_width) * b)
         self.add(queries * shape.num_heads * WIDE)
 

@@ -20,16 +20,15 @@ T tokens and N labelled positions of the micro-batch, H heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from graftlm.errors import UserError
+from graftlm.model.grouped import Piece, Places, attend_in_groups
 from graftlm.model.varlen import Bounds, make_bounds, runs_varlen, varlen_attention
 
 PACKED = "graftlm_packed"
@@ -37,40 +36,16 @@ MAX_PADDING_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Queries:
-    """A group's labelled positions. `gather_BM` finds each among the N labelled ones; `real_BM` marks no padding.
-
-    `seen_B1MK` says which of the P + L keys each query sees.
-    """
-
-    gather_BM: torch.Tensor
-    real_BM: torch.Tensor
-    flat: torch.Tensor
-    seen_B1MK: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class RowGroup:
-    """Rows attended together. `gather_BL` finds each position in the flat sequence; `real_BL` marks no padding.
-
-    `queries` are its labelled positions: None where it has none, or where every position is computed to the end.
-    """
-
-    gather_BL: torch.Tensor
-    real_BL: torch.Tensor
-    flat_N: torch.Tensor
-    queries: Queries | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PackedLayout:
     """Where each row of a packed micro-batch lies: its groups, its bounds, and positions that restart in every row.
 
-    The first `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them.
-    `ends_at_N` are the positions the last layer is computed at; None means all.
+    `groups` are attended at all positions, `labelled_groups` (those that have any) at the labelled ones. The first
+    `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them. `ends_at_N` are the
+    positions the last layer is computed at; None means all.
     """
 
-    groups: tuple[RowGroup, ...]
+    groups: tuple[Piece, ...]
+    labelled_groups: tuple[Piece, ...]
     bounds: Bounds
     positions_1T: torch.Tensor
     num_shared: int = 0
@@ -98,47 +73,41 @@ def make_layout(
             groups.append([row])
             filled = lengths[row]
     places = [[(starts[row], lengths[row]) for row in group] for group in groups]
-    built = tuple(_group(group, device, num_shared, ends_at_N) for group in places)
+    pieces = [_pieces(group, device, num_shared, ends_at_N) for group in places]
     own = [torch.arange(num_shared, num_shared + length) for length in lengths]
     positions = torch.cat([torch.arange(num_shared), *own]).to(device)
     bounds = make_bounds(lengths, num_shared, device)
-    return PackedLayout(built, bounds, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device))
+    return PackedLayout(
+        tuple(whole for whole, _ in pieces), tuple(labelled for _, labelled in pieces if labelled is not None), bounds,
+        positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device),
+    )  # fmt: skip
 
 
-def _group(
+def _pieces(
     rows: list[tuple[int, int]], device: torch.device, num_shared: int, ends_at_N: torch.Tensor | None
-) -> RowGroup:
+) -> tuple[Piece, Piece | None]:
+    """A group of rows (start, length), attended in full and at its labelled positions alone; None where it has none."""
     longest = max(length for _, length in rows)
     offsets_L = torch.arange(longest)
     starts_B = torch.tensor([start for start, _ in rows])
     lengths_B = torch.tensor([length for _, length in rows])
     real_BL = offsets_L[None] < lengths_B[:, None]
-    gather_BL = torch.where(real_BL, starts_B[:, None] + offsets_L[None], starts_B[:, None])
-    queries = None if ends_at_N is None else _queries(starts_B, lengths_B, longest, num_shared, ends_at_N, device)
-    return RowGroup(gather_BL.to(device), real_BL.to(device), gather_BL[real_BL].to(device), queries)
-
-
-def _queries(
-    starts_B: torch.Tensor,
-    lengths_B: torch.Tensor,
-    longest: int,
-    num_shared: int,
-    ends_at_N: torch.Tensor,
-    device: torch.device,
-) -> Queries | None:
+    own = Places.of(torch.where(real_BL, starts_B[:, None] + offsets_L[None], starts_B[:, None]), real_BL, device)
+    whole = Piece(own, own, num_shared)
+    if ends_at_N is None:
+        return whole, None
     first_B, end_B = (torch.searchsorted(ends_at_N, at_B) for at_B in (starts_B, starts_B + lengths_B))
     offsets_M = torch.arange(int((end_B - first_B).max()))
     if not len(offsets_M):
-        return None
+        return whole, None
     gather_BM = first_B[:, None] + offsets_M[None]
     real_BM = gather_BM < end_B[:, None]
-    gather_BM = torch.where(real_BM, gather_BM, 0)
-    # A query of padding sees its row's first key, so that no soft-max is over nothing.
+    # A query of padding is its row's first labelled one (any, where it has none) and sees the row's first key, so that
+    # no soft-max is over nothing.
+    gather_BM = torch.where(real_BM, gather_BM, first_B[:, None].clamp(max=len(ends_at_N) - 1))
     own_BM = torch.where(real_BM, ends_at_N[gather_BM] - starts_B[:, None], 0)
     seen_BMK = torch.arange(num_shared + longest) <= num_shared + own_BM[..., None]
-    return Queries(
-        gather_BM.to(device), real_BM.to(device), gather_BM[real_BM].to(device), seen_BMK[:, None].to(device)
-    )
+    return whole, Piece(Places.of(gather_BM, real_BM, device), own, num_shared, seen_BMK[:, None].to(device))
 
 
 def packed_attention(
@@ -164,68 +133,22 @@ def packed_attention(
     if not dropout and runs_varlen(query_THD.device, computed, query_THD.shape[2]):
         query_THD, key_THD, value_THD = (x.to(computed) for x in (query_THD, key_THD, value_THD))
         return varlen_attention(query_THD, key_THD, value_THD, layout.bounds, scaling)[None], None
-    attend = _attention(query_THD, key_THD, scaling, dropout)
-    prefix = [x[:num_shared].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD)]
-    parts = [attend(*prefix, is_causal=True)[0].transpose(0, 1)] if num_shared else []
-    for group in layout.groups:
-        query = query_THD[group.gather_BL].transpose(1, 2)
-        key, value = (_of_group(x, group, num_shared) for x in (key_THD, value_THD))
-        seen = {"attn_mask": _prefix_and_past(query.shape[2], num_shared, query.device)}
-        attended_BHLD = attend(query, key, value, **(seen if num_shared else {"is_causal": True}))
-        parts.append(attended_BHLD.transpose(1, 2)[group.real_BL])
-    front = torch.arange(num_shared, device=query_THD.device)
-    return _put_back(parts, [front, *(group.flat_N for group in layout.groups)])[None], None
+    pieces = (*_front(num_shared, query_THD.device), *layout.groups)
+    return attend_in_groups(query_THD, key_THD, value_THD, pieces, scaling, dropout)[None], None
 
 
 def labelled_attention(
     query_NHD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, layout: PackedLayout, scaling: float
 ) -> torch.Tensor:
     """What `packed_attention` gives at the positions `layout.ends_at_N`, (N, H, D)."""
-    attend = _attention(query_NHD, key_THD, scaling, 0.0)
-    parts, places = [query_NHD[:0]], []
-    for group in layout.groups:
-        if group.queries is None:
-            continue
-        query = query_NHD[group.queries.gather_BM].transpose(1, 2)
-        key, value = (_of_group(x, group, layout.num_shared) for x in (key_THD, value_THD))
-        attended_BHMD = attend(query, key, value, attn_mask=group.queries.seen_B1MK)
-        parts.append(attended_BHMD.transpose(1, 2)[group.queries.real_BM])
-        places.append(group.queries.flat)
-    return _put_back(parts, places) if places else query_NHD
+    return attend_in_groups(query_NHD, key_THD, value_THD, layout.labelled_groups, scaling)
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, scaling: float, dropout: float) -> Callable[..., torch.Tensor]:
-    heads_are_shared = key.shape[1] != query.shape[1]
-    attend = _attend_in_float32 if query.device.type == "cpu" else scaled_dot_product_attention
-    return partial(attend, dropout_p=dropout, scale=scaling, enable_gqa=heads_are_shared)
-
-
-def _attend_in_float32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **knobs: Any) -> torch.Tensor:
-    """Attention in float32 or wider whatever autocast says: on a CPU more exact than torch's kernel for 16 bits, and on
-    rows of dialogues faster (docs/log.md)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        return scaled_dot_product_attention(query.to(wide), key.to(wide), value.to(wide), **knobs).to(query.dtype)
-
-
-def _of_group(x_THD: torch.Tensor, group: RowGroup, num_shared: int) -> torch.Tensor:
-    """Keys or values of a group's rows, the prefix before each row's own: (B, H, P + L, D)."""
-    own = x_THD[group.gather_BL].transpose(1, 2)
-    if not num_shared:
-        return own
-    front = x_THD[:num_shared].transpose(0, 1)[None]
-    return torch.cat([front.expand(len(own), -1, -1, -1), own], dim=2)
-
-
-def _put_back(parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parts in the order of the flat sequence; `places` say where each entry of theirs lies."""
-    joined = torch.cat(list(parts))
-    return torch.empty_like(joined).index_copy(0, torch.cat(list(places)), joined)
-
-
-def _prefix_and_past(num_own: int, num_shared: int, device: torch.device) -> torch.Tensor:
-    """Which of P + L keys each of L own positions sees: the whole prefix and its own row up to itself."""
-    return torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=device).tril(num_shared)
+def _front(num_shared: int, device: torch.device) -> list[Piece]:
+    """The shared prefix as a row of its own, where there is one."""
+    places = torch.arange(num_shared)[None]
+    row = Places.of(places, torch.ones_like(places, dtype=torch.bool), device)
+    return [Piece(row, row)] if num_shared else []
 
 
 def attend_packed(model: PreTrainedModel) -> None:
