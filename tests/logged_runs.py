@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftlm.health.rates import RATE_CUT
+
 Line = dict[str, Any]
 STAGE = {"name": "lora", "peak_lr": 3e-4, "precision": "fp16", "keep": "best",
          "groups": {"adapter": {"peak_lr": None}, "new_rows": {"peak_lr": 1e-3}}}  # fmt: skip
@@ -43,7 +45,7 @@ def incident(step: int, cause: str, **values: Any) -> Line:
 def rollback(to: int, at: int, number: int = 1) -> Line:
     return {
         "event": "intervention", "step": to, "number": number, "at_step": at, "action": "rollback",
-        "rate_factor": 0.3**number, "text": f"Step {at}: the loss rose. More. Rolled back to step {to}.",
+        "rate_factor": RATE_CUT**number, "text": f"Step {at}: the loss rose. More. Rolled back to step {to}.",
     }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def test_a_run_is_told_in_a_few_lines_and_gets_its_two_files(run: Run, tmp_path:
     assert (code, err) == (0, "")
     assert out.startswith("crashed: Training stopped")
     assert "1. The forward pass leaves the range of 16 bits (forward-overflow, fatal)" in out
-    assert "   change    stages.lora.peak_lr=2.7e-06" in out
-    assert "graftlm run RECIPE --out ANOTHER_FOLDER stages.lora.peak_lr=2.7e-06 stages.lora.groups" in out
+    assert "   change    stages.lora.peak_lr=3e-07" in out
+    assert "graftlm run RECIPE --out ANOTHER_FOLDER stages.lora.peak_lr=3e-07 stages.lora.groups" in out
     assert f"page    {folder / 'autopsy.html'}" in out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) < 200

@@ -258,7 +258,7 @@ class Precision:
         self.skips_in_a_row = 0 if is_finite else self.skips_in_a_row + 1
         if self.scaler:
             self.scaler.update(overflowed=not is_finite)
-        if self.skips_in_a_row > self.max_skips_in_a_row:
+        if self.skips_in_a_row >= self.max_skips_in_a_row:
             raise NumericalStop(
                 f"{self.skips_in_a_row} steps in a row had gradients that are not finite; none touched a weight.",
                 "Lower peak_lr, use precision bf16 or fp32, or look for broken rows in the data.",

@@ -46,12 +46,14 @@ class StepResult:
 
 @dataclass(slots=True)
 class RunResult:
-    """The finished road; `questions` holds the exact questions shown and their counts, where the recipe has any."""
+    """The finished road; `questions` holds the exact questions shown and their counts, where the recipe has any;
+    `health` what an autopsy says of its training, "" where that has nothing to tell."""
 
     steps: list[StepResult] = field(default_factory=list)
     model: str = ""
     report: str = ""
     questions: dict[str, Any] | None = None
+    health: str = ""
 
 
 def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ranks: Ranks = ALONE) -> RunResult:
@@ -67,8 +69,7 @@ def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ran
         except NumericalStop as stop:
             page = _leave_autopsy(folder)
             raise NumericalStop(stop.problem, f"{stop.fix.rstrip('.')}. Page: {page}" if page else stop.fix) from None
-        if (folder / HEALTH).is_file():
-            _leave_autopsy(folder)  # of an end that is none any more
+        result.health = _told_health(folder)
         return result
 
 
@@ -80,6 +81,13 @@ def _leave_autopsy(folder: Path) -> Path | None:
         return write_autopsy(found, folder) if found.verdict != "healthy" or (folder / HEALTH).is_file() else None
     except UserError:
         return None
+
+
+def _told_health(folder: Path) -> str:
+    """How training went where an autopsy is left, or one that lay there is of an end that is none any more."""
+    page = _leave_autopsy(folder)
+    health = read_json(folder / HEALTH) if page else {"verdict": "healthy"}
+    return "" if health["verdict"] == "healthy" else f"{health['verdict']}: {health['told']} {page}"
 
 
 @dataclass(slots=True)

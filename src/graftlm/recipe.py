@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationInfo
 
 from graftlm.recipe_values import (
+    BelowOne,
     Count,
     Fraction,
     Location,
@@ -93,7 +94,7 @@ class LossScale(Section):
     DeepSpeed's (the card's) are initial 65536, growth_interval 100, hysteresis 2, floor 1e-10.
     """
 
-    initial: Positive = 65536.0
+    initial: Annotated[Positive, Field(le=2**32)] = 65536.0
     growth_interval: Count = 2000
     hysteresis: Count = 1
     floor: Positive = 1e-4
@@ -126,7 +127,7 @@ class Stage(Section):
     warmup_ratio: Fraction = 0.0
     warmup_steps: Annotated[StrictInt, Field(ge=0)] | None = None
     weight_decay: NotNegative = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
     groups: Groups = Groups()

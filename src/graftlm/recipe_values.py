@@ -115,6 +115,7 @@ Number = Annotated[float, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[StrictInt, Field(gt=0)]
 Location = Annotated[str, BeforeValidator(resolve_path)]
 """A local path (relative to the recipe's file) or a hub id."""

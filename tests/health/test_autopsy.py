@@ -85,7 +85,7 @@ def test_what_a_rollback_mended_is_a_warning_with_the_line_that_saves_it(tmp_pat
     told = autopsy(write_run(tmp_path, [recovered()])).diagnoses
     assert [(d.finding.cause, d.finding.severity, d.finding.step, d.lines) for d in told] == [
         # The adapter has no rate of its own: the rollback cut all, and came through with that.
-        ("loss-rose", "warning", 46, ("stages.lora.peak_lr=9e-05", "stages.lora.groups.new_rows.peak_lr=0.0003"))
+        ("loss-rose", "warning", 46, ("stages.lora.peak_lr=3e-05", "stages.lora.groups.new_rows.peak_lr=0.0001"))
     ]
     assert "adapter" in told[0].finding.evidence
 
@@ -99,27 +99,27 @@ def test_a_crash_is_one_finding_with_count_and_place_and_cut(tmp_path: Path) -> 
     assert told.finding.where == "model.layers.1.mlp.down_proj"
     for words in ("adapter", "Seen 6 times", "3 of the steps logged", "ended the run at step 23, after 2 rollbacks"):
         assert words in told.finding.evidence, words
-    # Two cuts of all rates were not enough: the next run takes a third of what they had come to.
-    assert told.lines == ("stages.lora.peak_lr=2.7e-06", "stages.lora.groups.new_rows.peak_lr=9e-06")
-    assert "0.09 of the recipe's rates" in told.finding.cure
+    # Two cuts of all rates were not enough: the next run takes a tenth of what they had come to.
+    assert told.lines == ("stages.lora.peak_lr=3e-07", "stages.lora.groups.new_rows.peak_lr=1e-06")
+    assert "0.01 of the recipe's rates" in told.finding.cure
 
 
 def test_where_one_roles_rate_was_cut_the_line_is_of_that_role_alone(tmp_path: Path) -> None:
     def cut(number: int) -> dict[str, Any]:
-        return {**rollback(20, 30, number), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.3**number}}
+        return {**rollback(20, 30, number), "rate_factor": 1.0, "rate_factors": {"new_rows": 0.1**number}}
 
     blamed = incident(30, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["new_rows"], loss=5.0, best=3.3)
     attempts = [*good(1, 20)]
     for number in (1, 2):
         attempts += [*climb(21, 30, 4, 7), blamed, cut(number)]
     mended = autopsy(write_run(tmp_path / "mended", [[*attempts, *good(21, 90)]]))
-    assert (mended.verdict, mended.changes) == ("recovered", ["stages.lora.groups.new_rows.peak_lr=9e-05"])
+    assert (mended.verdict, mended.changes) == ("recovered", ["stages.lora.groups.new_rows.peak_lr=1e-05"])
     [told] = mended.diagnoses
-    assert "It came through with the recipe's rates, the new rows at 0.09 of theirs." in told.finding.cure
+    assert "It came through with the recipe's rates, the new rows at 0.01 of theirs." in told.finding.cure
     stop = {"event": "stopped", "step": 30, "text": "lora, step 30: the loss rose. 2 rollbacks did not help."}
     dead = autopsy(write_run(tmp_path / "dead", [[*attempts, *climb(21, 30, 4, 7), blamed, stop]]))
-    # The new rows' own 1e-3 has come down to 9e-5, below the stage's 3e-4: now all are cut.
-    assert dead.changes == ["stages.lora.peak_lr=3e-05", "stages.lora.groups.new_rows.peak_lr=9e-06"]
+    # The new rows' own 1e-3 has come down to 1e-5, below the stage's 3e-4: now all are cut.
+    assert dead.changes == ["stages.lora.peak_lr=3e-05", "stages.lora.groups.new_rows.peak_lr=1e-06"]
 
 
 def test_a_mended_run_that_learned_nothing_did_not_recover(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_p
     assert found.changes == ["stages.lora.groups.new_rows.peak_lr=0.0003", "stages.lora.groups.adapter.peak_lr=5e-05"]
     told = next(d for d in found.diagnoses if d.finding.cause == "loss-rose")
     assert "the new rows of embedding and head or the adapter alone" in told.finding.evidence
-    assert told.finding.cure.startswith("Lower groups.new_rows.peak_lr")
+    assert told.finding.cure.startswith("Lower peak_lr (groups.new_rows.peak_lr")
     cut["rate_factors"] = {"adapter": 0.3}
     recipe = {**RECIPE, "stages": []}
     run = write_run(tmp_path / "own", [[*good(1, 40), *climb(41, 46, 4, 7), blamed, cut, *good(41, 90)]], recipe)
@@ -266,6 +266,28 @@ def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_p
     write_json(run / "recipe.json", asked)
     write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
     assert autopsy(run).changes == ["stages.lora.groups.adapter.peak_lr=0.003"]
+
+
+def test_of_two_rates_the_lower_is_proposed(tmp_path: Path) -> None:
+    """Pre-flight knew that a tenth of the rate would not do; a stage that came through with a rate proves that one."""
+    foreseen = preflight_finding(cause="rate-too-high", where="body", severity="warning")
+    look = {"findings": [foreseen], "look": {"roles": {"body": {"weight_rms": 0.05}}}}
+    lines = [*good(1, 20), *climb(21, 60, 4, 9)]
+    run = write_run(tmp_path, [lines])
+    write_json(run / "4-lora" / "preflight.json", look)
+    asked = json.loads((run / "recipe.json").read_text())
+    asked["recipe"]["stages"][0]["peak_lr"] = 3.0
+    write_json(run / "recipe.json", asked)
+    assert autopsy(run).verdict == "damaged"
+    assert autopsy(run).changes[0] == "stages.lora.peak_lr=0.005"
+    blamed = incident(46, "loss-rose", module="", row_id=-1, token_id=-1, culprits=["body"], loss=5.0)
+    mended = write_run(
+        tmp_path / "mended", [[*good(1, 40), *climb(41, 46, 4, 7), blamed, rollback(40, 46), *good(41, 90)]]
+    )
+    write_json(mended / "4-lora" / "preflight.json", look)
+    write_json(mended / "recipe.json", asked)
+    assert autopsy(mended).verdict == "recovered"
+    assert autopsy(mended).changes[0] == "stages.lora.peak_lr=0.3"
 
 
 @pytest.mark.parametrize(

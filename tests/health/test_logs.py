@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from logged_runs import good, rollback
 
 from graftlm.errors import UserError
 from graftlm.health.curves import diagnose_curves
@@ -136,3 +137,23 @@ def test_what_is_no_log_is_refused(tmp_path: Path, name: str, content: bytes) ->
 def test_a_missing_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no log"):
         read_log(tmp_path / "none.jsonl")
+
+
+def test_a_log_that_says_zero_from_its_first_line_on_is_not_healthy(tmp_path: Path) -> None:
+    """HF Trainer prints 0.0 for a loss that is not finite: so it is where every loss was, or where one says nan."""
+    for name, first in (("zero", 0.0), ("nan", float("nan"))):
+        path = tmp_path / name / "trainer_state.json"
+        path.parent.mkdir()
+        lines = [{"step": 1, "loss": first}, *({"step": step, "loss": 0.0} for step in range(2, 100))]
+        path.write_text(json.dumps({"log_history": lines}), encoding="utf-8")
+        findings, verdict = diagnose_curves(read_log(path))
+        assert verdict not in ("healthy", "recovered")
+        assert "HF Trainer prints 0.0" in findings[0].evidence
+
+
+def test_a_log_that_ends_with_a_rollback_to_its_start_is_a_log(tmp_path: Path) -> None:
+    """The moment at which a person asks: nothing of the run's own course is left for now."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*good(1, 5), rollback(0, 5)]), encoding="utf-8")
+    log = read_log(path)
+    assert (log.records, len(log.interventions), len(log.abandoned)) == ([], 1, 1)

@@ -61,9 +61,10 @@ def looked_at(
 
 
 def expect(fault: str, findings: list[Finding], cause: str, where: str, cure: str) -> Finding:
-    """The gravest finding is this one, and it says where and how it is cured."""
+    """It is found, nothing graver is, and it says where and how it is cured."""
     found = next((f for f in findings if f.cause == cause), None)
     assert found is not None, f"{fault}: found {[(f.cause, f.where) for f in findings]}"
+    assert found.severity == findings[0].severity, f"{fault}: {findings[0]} is graver"
     assert where in found.where, f"{fault}: {found}"
     assert cure in found.cure, f"{fault}: {found}"
     TABLE.append((fault, found.cause, found.where, found.cure))
@@ -145,7 +146,8 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
         "outlier-row", "row 7 of the embedding", "another copy of the base",
     ),
     "one new row far too large": (
-        lambda: looked_at(stage_of(), plant=set_rows(3000, 3)), "huge-new-rows", "embedding", "grow.embedding",
+        lambda: looked_at(stage_of(), plant=set_rows(3000, 3)),
+        "huge-new-rows", f"row {FIRST_NEW_ID + 3} of the embedding", "grow.embedding",
     ),
     "an embedding far too small": (
         lambda: looked_at(stage_of(), plant=scale_embedding(1e-4)), "tiny-embedding", "embedding", "another copy",
@@ -161,7 +163,7 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
         "rate-too-high", "new_rows", "groups.new_rows.peak_lr",
     ),
     "a loss scale that may not fall": (
-        lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**40, "floor": 1e9})),
+        lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**32, "floor": 1e9})),
         "scale-floor-too-high", "loss_scale.floor", "Lower loss_scale.floor",
     ),
     "new rows left as they were grafted": (
@@ -283,9 +285,11 @@ def test_told_while_it_trains(
     grave = [f for f in incidents_of(tmp_path) if f.severity == "fatal"]
     words = {"adapter": "the adapter", "new_rows": "the new rows", "body": "the transformer body"}[role]
     assert grave
+    # Where it breaks first depends on the processor's rounding; in float32 nothing overflows, and the loss tells.
+    where = {"loss-rose": "loss"} if precision == "fp32" else {"loss-rose": "loss", "forward-overflow": "model.layers."}
+    assert grave[0].cause in where, grave[0]
     assert words in grave[0].evidence, grave[0]
-    TABLE.append((f"{fault}, {precision}", grave[0].cause, grave[0].where, grave[0].cure))
-    assert f"groups.{role}.peak_lr" in grave[0].cure
+    expect(f"{fault}, {precision}", grave[:1], grave[0].cause, where[grave[0].cause], f"groups.{role}.peak_lr")
 
 
 def incidents_of(folder: Path) -> list[Finding]:
@@ -309,7 +313,9 @@ def test_a_bad_batch_now_and_then(tmp_path: Path) -> None:
     found = [f for f in incidents_of(tmp_path) if f.severity != "note"]
     assert found
     assert all("row 33" in f.evidence for f in found), found
-    TABLE.append(("a bad batch now and then", found[0].cause, found[0].where, found[0].cure))
+    causes = {f.cause for f in found}
+    assert causes <= {"forward-not-finite", "backward-overflow"}, found
+    expect("a bad batch now and then", found, found[0].cause, "model.", "Drop or mend the rows named")
     assert run.recovery.num_rollbacks == 0
     skipped = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("skipped")]
     assert len(skipped) == 4  # once an epoch

@@ -55,11 +55,14 @@ def _tell_look(name: str, look: dict[str, Any], findings: list[dict[str, Any]]) 
     losses = ", ".join(f"{loss:.2f} on {kind} pieces" for kind, loss in look["first_loss"].items())
     ceilings = ", ".join(f"{role} 2^{bits:.0f}" for role, bits in look["ceiling_bits"].items())
     rows = "; ".join(f"{matrix} {old:.3g} old, {new:.3g} new" for matrix, (old, new) in look["row_rms"].items())
+    silent = [name for numbers in look["roles"].values() for name in numbers["silent"]]
     told = [
         ("first loss", f"{losses} (knowing nothing: {look['uniform_loss']:.2f})"),
         ("headroom of the forward pass in fp16", f"{look['headroom_bits']:.1f} bits ({look['headroom_where']})"),
         ("largest loss scale of fp16", ceilings),
         ("rms of rows", rows),
+        ("rows looked at", f"{look['num_rows']}, without a label {look['num_without_labels']}"),
+        ("trained tensors without a gradient", f"{len(silent)}{f' ({silent[0]})' if silent else ''}"),
         ("adapter multiplied by", "" if look["lora_factor"] is None else f"{look['lora_factor']:g}"),
         ("trained in", ", ".join(sorted({d for n in look["roles"].values() for d in n["dtypes"]}))),
     ]

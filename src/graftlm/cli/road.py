@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from graftlm.cli.options import AsJson, OutNeeded, RunOut, check_new_folder
-from graftlm.cli.show import show
+from graftlm.cli.show import plain, show
 from graftlm.errors import UserError
 
 CALLED_AS = "GRAFTLM_CALLED_AS"
@@ -58,6 +58,8 @@ def run(
         return
     if result.questions:
         _show_questions(result.questions)
+    if result.health:
+        print(f"health  {plain(result.health)}")
     print(f"model   {result.model}\nreport  {result.report}\nchat    {_program()} chat {result.model}")
 
 

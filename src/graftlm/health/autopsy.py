@@ -69,14 +69,23 @@ class Autopsy:
     @property
     def changes(self) -> list[str]:
         """The recipe's lines to change, of all findings; where two speak of one knob, the graver one's, and of two as
-        grave that of what happened rather than of what was foreseen."""
+        grave that of what happened rather than of what was foreseen. Of two rates the lower, where no rate is known
+        that a stage came through with."""
         by_knob: dict[str, str] = {}
+        recovered = {course.name for course in self.courses if course.verdict == "recovered"}
         by_weight = sorted(
             self.diagnoses, key=lambda told: (SEVERITIES.index(told.finding.severity), told.finding.step is None)
         )
         for told in by_weight:
             for line in told.lines:
-                by_knob.setdefault(line.partition("=")[0], line)
+                knob, _, value = line.partition("=")
+                known = by_knob.setdefault(knob, line)
+                if (
+                    knob.endswith("peak_lr")
+                    and told.stage not in recovered
+                    and float(value) < float(known.partition("=")[2])
+                ):
+                    by_knob[knob] = line
         return list(by_knob.values())
 
     def to_json(self) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def _diagnosis(finding: Finding, course: Course, culprits: Sequence[str] = (), *
     lines = recipe_lines(
         finding.cause, course.asked, where=finding.where, is_start=is_start,
         cuts=_proposed(course, course.asked, culprits), lora_factor=course.look.get("lora_factor"),
+        weight_rms={role: numbers["weight_rms"] for role, numbers in course.look.get("roles", {}).items()},
     )  # fmt: skip
     if lines and course.log.interventions and "peak_lr" in lines[0]:
         finding = replace(finding, cure=f"{finding.cure} {_rates_tried(course)}")
@@ -218,7 +219,8 @@ def _is_from_start(incident: Incident) -> bool:
 
 def _sources(incident: Incident, names: Names) -> str:
     """Where the rows named stand in the files they came from."""
-    ids = incident.bad_rows[:_ROWS_NAMED] if _has_some_bad_rows(incident) else (incident.row_id,)
+    others = incident.bad_rows[:_ROWS_NAMED] if _has_some_bad_rows(incident) else ()
+    ids = dict.fromkeys((incident.row_id, *others))
     places = [(row_id, names.row(row_id)) for row_id in ids if row_id >= 0]
     known = [f"row {row_id} is {place}" for row_id, place in places if place]
     return f"{'; '.join(known).capitalize()}." if known else ""

@@ -14,6 +14,7 @@ from graftlm.health.rates import RATE_CUT, RateCuts
 
 ONE_CUT = RateCuts(RATE_CUT)
 EPS_IN_16_BITS = 1e-6
+SHARE_OF_WEIGHTS = 0.1  # of their rms a step: a lot already, as preflight.py tells
 REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
 
 _BY_RATE = frozenset(
@@ -53,11 +54,12 @@ def recipe_lines(
     is_start: bool = False,
     cuts: RateCuts = ONE_CUT,
     lora_factor: float | None = None,
+    weight_rms: Mapping[str, float] | None = None,
 ) -> tuple[str, ...]:
     """`key=value` lines that cure `cause`, none where no knob does.
 
     `is_start`: how rows of new pieces start is to blame, whatever the cause; `cuts` is what becomes of learning rates;
-    `lora_factor` what the adapter was multiplied by.
+    `lora_factor` what the adapter was multiplied by; `weight_rms` the size of each role's weights.
     """
     if is_start or cause in _BY_START:
         return _starts(asked, where)
@@ -65,6 +67,10 @@ def recipe_lines(
         return _rates(asked, cuts)
     if cause == "adapter-push-high" and lora_factor:
         return (f"{asked.keys}.groups.adapter.peak_lr={REFERENCE_PUSH / lora_factor:.3g}",)
+    if cause == "rate-too-high" and (weight_rms or {}).get(where):
+        rate = f"{SHARE_OF_WEIGHTS * (weight_rms or {})[where]:.1g}"
+        own = f"groups.{where}.peak_lr" if asked.own_rates.get(where) else "peak_lr"
+        return (f"{asked.keys}.{own}={rate}",)
     if cause == "no-forward-headroom":
         return (f"{asked.keys}.precision=fp32",)
     if cause == "eps-underflow":

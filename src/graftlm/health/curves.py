@@ -99,7 +99,11 @@ def _fall(log: RunLog, first: int, length: int) -> str:
     """How the scale fell in a run of skipped steps, and the last loss before, as far as they were logged."""
     scales = [scale for step, scale in log.scales if first <= step < first + length]
     losses = [loss for step, loss in finite_losses(log.records) if step < first]
-    fell = f", the loss scale falling from {scales[0]:,.7g} to {scales[-1]:,.3g}" if len(scales) > 1 else ""
+    fell = (
+        f", the loss scale falling from {scales[0]:,.7g} to {scales[-1]:,.3g}"
+        if scales and scales[0] > scales[-1]
+        else ""
+    )
     return f"{fell}, behind a loss of {losses[-1]:.2f}" if losses else fell
 
 

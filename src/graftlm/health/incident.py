@@ -186,12 +186,16 @@ def _cure(incident: Incident) -> str:
         return f"{before} and lower peak_lr to {RATE_CUT:g} of it."
     rate = {
         "adapter": f"Lower peak_lr (groups.adapter.peak_lr; alpha/rank counts as the rate does) to {RATE_CUT:g} of it",
-        "new_rows": f"Lower groups.new_rows.peak_lr to {RATE_CUT:g} of it",
-        "old_rows": f"Lower groups.old_rows.peak_lr to {RATE_CUT:g} of it",
-        "body": f"Lower groups.body.peak_lr to {RATE_CUT:g} of it",
+        "new_rows": _lower("new_rows"),
+        "old_rows": _lower("old_rows"),
+        "body": _lower("body"),
     }
     blamed = incident.culprits or incident.bad_from_start
     first = rate.get(blamed[0] if blamed else "", f"Lower peak_lr to {RATE_CUT:g} of it")
     if incident.cause == "forward-overflow":
         return f"{first} from the last good state on; bf16 or fp32 have the range, but not the cure if loss climbs."
     return f"{first} from the last good state on."
+
+
+def _lower(role: str) -> str:
+    return f"Lower peak_lr (groups.{role}.peak_lr where it has a rate of its own) to {RATE_CUT:g} of it"

@@ -33,7 +33,7 @@ def read_log(path: str | Path) -> RunLog:
         log = _from_trainer_state(path, text)
     else:
         log = read_console(path.name, text)
-    if not log.records and not log.scales:
+    if not (log.records or log.scales or log.events):
         raise UserError(
             f"{path} holds no training log: no loss and no overflow was found in it.",
             "Give metrics.jsonl, trainer_state.json, a CSV with the columns step and loss, or a console log.",

@@ -42,7 +42,8 @@ class LargestRow:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """All that was seen: of the stage's first rows (`num_*`), of the pass, and of the stage's settings.
+    """All that was seen: of the stage's first rows (`num_*`, `num_without_labels` of the rows), of the pass, and of the
+    stage's settings.
 
     `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives the median rms of (old, new)
     rows by matrix, whether they learn or not, `largest_rows` the one that stands out most; `bad_weight` is the
@@ -79,6 +80,7 @@ class Look:
     num_targets: int
     num_tokens: int
     num_rows: int
+    num_without_labels: int
     bad_row_id: int
     is_dialogue: bool
     ends_right: bool

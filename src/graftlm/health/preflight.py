@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from graftlm.health.cures import SHARE_OF_WEIGHTS
 from graftlm.health.finding import Finding
 from graftlm.health.look import Look
 from graftlm.health.preflight_rows import rows_findings
@@ -143,7 +144,8 @@ def _headroom(look: Look) -> list[Finding]:
         Finding("no-forward-headroom", severity, look.headroom_where, None,
                 f"The largest activation lies {abs(bits):.1f} bits {'above' if bits < 0 else 'below'} fp16's largest "
                 "number, 65,504; no loss scale changes that.",
-                "Set precision: bf16 where the hardware has it, else fp32.")
+                "Set precision: bf16 where the hardware has it, else fp32." if look.precision == "fp16"
+                else f"Nothing to do: {look.precision} reaches far beyond; fp16 would not do here.")
     ]  # fmt: skip
 
 
@@ -183,7 +185,8 @@ def _rates(look: Look) -> list[Finding]:
             Finding("rate-too-high", "warning", role, None,
                     f"Weights of {role} have rms {numbers.weight_rms:.2g} and are to learn at {numbers.peak_lr:g}: a "
                     f"step may move them by {numbers.peak_lr / numbers.weight_rms:.2g} times their size.",
-                    f"Lower peak_lr (groups.{role}.peak_lr): {0.1 * numbers.weight_rms:.1g} is a lot already.")
+                    f"Lower peak_lr (groups.{role}.peak_lr): {SHARE_OF_WEIGHTS * numbers.weight_rms:.1g} is a lot "
+                    "already.")
         )  # fmt: skip
     return findings
 

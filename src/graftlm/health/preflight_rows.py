@@ -74,8 +74,8 @@ def _outliers(look: Look) -> list[Finding]:
             if row.is_new
             else "Take another copy of the base: no training makes one row so large."
         )
-        cause, where = ("huge-new-rows", "new rows of") if row.is_new else ("outlier-row", f"row {row.row_id} of")
-        findings.append(Finding(cause, "warning", f"{where} the {matrix}", None, told, cure))
+        cause = "huge-new-rows" if row.is_new else "outlier-row"
+        findings.append(Finding(cause, "warning", f"row {row.row_id} of the {matrix}", None, told, cure))
     return findings
 
 

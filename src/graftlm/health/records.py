@@ -85,7 +85,8 @@ def _hides_a_loss(log: RunLog, norm: float | None) -> bool:
     if norm is not None:
         return not math.isfinite(norm)
     before = next((record for record in reversed(log.records) if record.loss is not None), None)
-    return before is not None and (before.is_filtered or (before.loss or 0.0) > _FALLS_TO_ZERO)
+    # No model begins at a loss of nothing, and what is not a number is no small loss either.
+    return before is None or before.is_filtered or not (before.loss or 0.0) <= _FALLS_TO_ZERO
 
 
 def finite_losses(records: Iterable[LogRecord]) -> Iterator[tuple[int, float]]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from graftlm.errors import UserError
 from graftlm.recipe import Data, Source
-from graftlm.run import disk_errors, write_json
+from graftlm.run import disk_errors, say, write_json
 from graftlm.text.counting import Counting, DataReport
 from graftlm.text.dialogue import Conversation, Language, Message, Template
 from graftlm.text.duplicates import Marks, asked_in, gives_away
@@ -96,6 +96,8 @@ def _put(source: Source, shelf: Shelf, marks: Marks, counting: Counting) -> _Str
             marks.add(conversation)
             shelf.put(conversation)
     counting.add(reading)
+    if reading.num_rows and len(shelf) == begin:
+        say(f"{source.path}: none of its {reading.num_rows:,} rows can be learned from: {reading.dropped.told}")
     return _Stretch(source, begin, len(shelf))
 
 

@@ -94,6 +94,7 @@ def take_look(
         num_targets=num_targets,
         num_tokens=num_tokens,
         num_rows=len(batch.row_ids),
+        num_without_labels=sum(not steps.rows.row(row_id)[1].any() for row_id in batch.row_ids),
         bad_row_id=bad_row_id,
         is_dialogue=stage.objective == "dialogue",
         ends_right=_ends_right(batch, plain_model(model).config.eos_token_id),
