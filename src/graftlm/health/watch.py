@@ -38,8 +38,8 @@ class LossWatch:
         """Take in a held-out reading; returns whether it is alarming.
 
         One worse reading is none: at the height of its rate a stage that goes well may lose for a while what it began
-        with (measured: docs/log.md, "A rollback for a reading at the height of the rate"). Where the training loss fell all the same the stage learns its rows by heart: that is cured by keeping the best
-        weights, not by a lower rate.
+        with (measured: docs/log.md, "A rollback for a reading at the height of the rate"). Where the training loss fell
+        all the same the stage learns its rows by heart: that is cured by keeping the best weights, not by a lower rate.
         """
         if self.heldout_before is None:
             self.heldout_before = loss
