@@ -22,6 +22,7 @@ import torch
 
 from graftlm.errors import NumericalStop, UserError
 
+MAX_SKIPS_IN_A_ROW = 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -204,7 +205,7 @@ class Precision:
     compute_dtype: torch.dtype
     device: torch.device
     scaler: LossScaler | None = None
-    max_skips_in_a_row: int = 60
+    max_skips_in_a_row: int = MAX_SKIPS_IN_A_ROW
     skips_in_a_row: int = 0
     keeps_copies: bool = True
 

@@ -42,8 +42,8 @@ def test_the_page_tells_and_draws_what_happened(nasty_run: Path) -> None:
     page = Page(autopsy_page(autopsy(nasty_run)))
     for told in (
         "Crashed.", "stopped at step 23", "finished, 60 steps", "The forward pass leaves the range of 16 bits",
-        "stages.lora1.peak_lr=2.7e-06", "Pre-flight: green.", "2 incidents: forward-overflow",
-        "Rolled back to step 20: the loss rose. The learning rate is 0.09", "Best held-out loss: 2.600",
+        "stages.lora1.peak_lr=3e-07", "Pre-flight: green.", "2 incidents: forward-overflow",
+        "Rolled back to step 20: the loss rose. The learning rate is 0.01", "Best held-out loss: 2.600",
         "2 rollbacks did not help.",
     ):  # fmt: skip
         assert told in page.text, told

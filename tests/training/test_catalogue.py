@@ -166,6 +166,10 @@ BEFORE: dict[str, tuple[Callable[[], list[Finding]], str, str, str]] = {
         lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**32, "floor": 1e9})),
         "scale-floor-too-high", "loss_scale.floor", "Lower loss_scale.floor",
     ),
+    "a loss scale that begins too high": (
+        lambda: looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**120})),
+        "scale-starts-too-high", "loss_scale.initial", "Lower loss_scale.initial",
+    ),
     "new rows left as they were grafted": (
         lambda: looked_at(stage_of({**LORA, "rows": "none"})), "new-rows-fixed", "trains.rows", "new or all",
     ),

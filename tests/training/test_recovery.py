@@ -160,7 +160,7 @@ def test_advice_blames_the_rate_and_not_the_start_of_rows_that_began_well(tmp_pa
     grow = {"embedding": "normal", "head": "normal"}
     write_json(tmp_path / "run" / "recipe.json", {"recipe": {"name": "r", "stages": [stage], "grow": grow}})
     changes = autopsy(tmp_path / "run").changes
-    assert "stages.sft.peak_lr=0.3" in changes
+    assert "stages.sft.peak_lr=0.02" in changes
     assert not [line for line in changes if line.startswith("grow.")]
 
 

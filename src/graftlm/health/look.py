@@ -50,7 +50,8 @@ class Look:
     first parameter that is not finite, with its row; `bad_row_id` a row of data with an id outside the vocabulary,
     -1 for none; `ends_right` whether any answer's last target is the end token; `uniform_loss` is what knowing
     nothing costs, ln V; `lora_factor` what the adapter is multiplied by, None without one (by alpha / sqrt(rank)
-    where `is_rank_stabilized`); `loss_floor` the loss scale's in fp16, else None, `is_scale_unused` whether one was
+    where `is_rank_stabilized`); `loss_floor` and
+    `loss_initial` the loss scale's lowest and first in fp16, else None, `is_scale_unused` whether one was
     given all the same; `norm_eps` what RMSNorm adds to a mean square; `are_new_rows_fixed` whether rows of new
     pieces stay as they are, by the recipe. Where an id lies outside there was no pass, and what it would have shown
     is empty.
@@ -62,6 +63,7 @@ class Look:
     lora_factor: float | None
     is_rank_stabilized: bool
     loss_floor: float | None
+    loss_initial: float | None
     is_scale_unused: bool
     norm_eps: float
     are_new_rows_fixed: bool

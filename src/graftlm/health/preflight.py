@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from graftlm.device import MAX_SKIPS_IN_A_ROW
 from graftlm.health.cures import SHARE_OF_WEIGHTS
 from graftlm.health.finding import Finding
 from graftlm.health.look import Look
@@ -198,12 +199,22 @@ def _scale(look: Look) -> list[Finding]:
                     f"loss_scale is given and the stage computes in {look.precision}: only fp16 has a loss scale.",
                     "Nothing to do; leave it out, or set precision: fp16.")
         ]  # fmt: skip
-    ceiling = min(look.ceiling_bits.items(), key=lambda item: item[1], default=("", math.inf))
-    if look.loss_floor is None or math.log2(look.loss_floor) <= ceiling[1] + FLOOR_BITS:
+    role, bits = min(look.ceiling_bits.items(), key=lambda item: item[1], default=("", math.inf))
+    if look.loss_floor is None or look.loss_initial is None:
         return []
-    return [
-        Finding("scale-floor-too-high", "fatal", "loss_scale.floor", None,
-                f"The loss scale may not fall below {look.loss_floor:g}, and gradients of {ceiling[0]} leave fp16's "
-                f"range above 2^{ceiling[1]:.0f}: every step would overflow.",
-                "Lower loss_scale.floor; its default is 1e-4.")
-    ]  # fmt: skip
+    beyond = f"gradients of {role} leave fp16's range above 2^{bits:.0f}" if role else ""
+    num_halvings = math.log2(look.loss_initial) - bits
+    if math.log2(look.loss_floor) > bits + FLOOR_BITS:
+        return [
+            Finding("scale-floor-too-high", "fatal", "loss_scale.floor", None,
+                    f"The loss scale may not fall below {look.loss_floor:g}, and {beyond}: every step would overflow.",
+                    "Lower loss_scale.floor; its default is 1e-4.")
+        ]  # fmt: skip
+    if num_halvings >= MAX_SKIPS_IN_A_ROW:
+        return [
+            Finding("scale-starts-too-high", "fatal", "loss_scale.initial", None,
+                    f"The loss scale begins at {look.loss_initial:.3g}, and {beyond}: {num_halvings:.0f} steps would be "
+                    f"skipped, and after {MAX_SKIPS_IN_A_ROW} in a row the run stops.",
+                    "Lower loss_scale.initial; its default is 65536.")
+        ]  # fmt: skip
+    return []
