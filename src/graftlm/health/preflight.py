@@ -213,8 +213,8 @@ def _scale(look: Look) -> list[Finding]:
     if num_halvings >= MAX_SKIPS_IN_A_ROW:
         return [
             Finding("scale-starts-too-high", "fatal", "loss_scale.initial", None,
-                    f"The loss scale begins at {look.loss_initial:.3g}, and {beyond}: {num_halvings:.0f} steps would be "
-                    f"skipped, and after {MAX_SKIPS_IN_A_ROW} in a row the run stops.",
+                    f"The loss scale begins at {look.loss_initial:.3g}, and {beyond}: {num_halvings:.0f} steps would "
+                    f"be skipped, and after {MAX_SKIPS_IN_A_ROW} in a row the run stops.",
                     "Lower loss_scale.initial; its default is 65536.")
         ]  # fmt: skip
     return []
