@@ -302,7 +302,7 @@ class Card(Section):
     data_license: str | None = None
 
 
-Shard = Literal["none", "full", "hybrid"]
+Shard = Literal["none", "full", "hybrid", "zero2"]
 
 
 class RankSettings(Section):

@@ -8,6 +8,7 @@ checks that all run the same thing. Does not start processes (`cli/launch.py`) a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import threading
@@ -55,6 +56,7 @@ def joined(
         return
     if shard == "hybrid":
         refuse_uneven_machines(place)
+    refuse_missing_deepspeed(shard)
     if device.type == "cuda":
         _take_gpu(place)
     store = _store(place, join_seconds)
@@ -73,7 +75,7 @@ def joined(
             "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the network.",
         ) from None
     mesh = _mesh(place, device, patience, shard)
-    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count, mesh)
+    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count, mesh, shard == "zero2")
     is_over = threading.Event()
     beside = _store(place, join_seconds, is_second=True)
     threading.Thread(target=_attend, args=(beside, place.rank, is_over), daemon=True, name="attending").start()
@@ -89,6 +91,15 @@ def joined(
         is_over.set()
     ranks.take_leave(FAREWELL_SECONDS)
     dist.destroy_process_group()
+
+
+def refuse_missing_deepspeed(shard: Shard) -> None:
+    """Raises UserError where `shard` asks for DeepSpeed and it is not installed."""
+    if shard == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "ranks.shard=zero2 needs DeepSpeed, which is not installed.",
+            "Install it (pip install 'graftlm[deepspeed]'), or set ranks.shard=full, which needs nothing more.",
+        )
 
 
 def refuse_uneven_machines(place: Place) -> None:
@@ -108,7 +119,7 @@ def refuse_uneven_machines(place: Place) -> None:
 
 def _mesh(place: Place, device: torch.device, patience: timedelta, shard: Shard) -> DeviceMesh | None:
     """Over whom layers are shared out: along the last dimension; along a first one lie copies (machines)."""
-    if shard == "none":
+    if shard in ("none", "zero2"):
         return None
     if shard == "full":
         world: Any = dist.group.WORLD

@@ -20,6 +20,7 @@ from graftlm.model.rows import head_rows
 from graftlm.training.batches import Batch, Steps
 from graftlm.training.optim import set_learning_rates
 from graftlm.training.parts import Parts
+from graftlm.training.zero_parts import ZeroParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,19 @@ def response_loss_sum(
     )
 
 
+def take_passes(model: torch.nn.Module, batches: Sequence[Batch], precision: Precision, factor: float) -> float:
+    """Forward and backward over a step's micro-batches, whose gradients add up; returns their summed loss (nats).
+
+    `factor` is what a loss is multiplied by before backward.
+    """
+    loss_sum = 0.0
+    for batch in batches:
+        loss = response_loss_sum(model, batch, precision, factor)
+        (loss * factor).backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
 def train(
     model: torch.nn.Module,
     steps: Steps,
@@ -64,7 +78,8 @@ def train(
     num_updates: int,
     lr_at: Callable[[int], float],
     optimizer: torch.optim.Optimizer,
-    parts: Parts,
+    parts: Parts | ZeroParts,
+    take_passes: Callable[[torch.nn.Module, Sequence[Batch], Precision, float], float] = take_passes,
     precision: Precision,
     max_grad_norm: float,
     on_step: Sequence[Callable[[StepRecord], None]],
@@ -83,11 +98,7 @@ def train(
         num_targets = steps.num_targets(step)
         factor = precision.grad_factor(num_targets)
         optimizer.zero_grad(set_to_none=True)
-        loss_sum = 0.0
-        for batch in micro_batches:
-            loss = response_loss_sum(model, batch, precision, factor)
-            (loss * factor).backward()
-            loss_sum += loss.item()
+        loss_sum = take_passes(model, micro_batches, precision, factor)
         num_tokens = sum(batch.num_tokens for batch in micro_batches if batch.row_ids)
         if not ranks.is_alone:
             loss_sum, num_tokens = ranks.total(loss_sum, num_tokens)

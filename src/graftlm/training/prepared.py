@@ -57,21 +57,23 @@ def whole_model(model: Any) -> WholeModel:
 
 @dataclass(slots=True)
 class Prepared:
-    """A model ready to learn. `held` are the frozen layers that others stand for; `whole` is what rank 0 makes the
-    finished model of where layers are shared out."""
+    """A model ready to learn. `held` are the frozen layers that others stand for in products of `held_for`; `whole` is
+    what rank 0 makes the finished model of where layers are shared out."""
 
     model: Any
     stage: Stage
     first_new_id: int | None
     held: HeldLayers
+    held_for: torch.dtype
     whole: WholeModel | None
     is_shared_out: bool
 
     def hold_for(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Hold what does not learn as products in `dtype` want it. Of layers shared out it is held so already."""
-        if not self.is_shared_out:
+        """Hold what does not learn as products in `dtype` want it. Of what learns in common it is held so already."""
+        if dtype != self.held_for:
             self.held.restore()
             self.held = hold_frozen_as(self.model, dtype, self.stage.frozen_base)
+            self.held_for = dtype
             self.model.to(device)
 
     def finished(self, learned: Mapping[str, Tensor]) -> Any:
@@ -116,4 +118,4 @@ def prepared(
         with ranks.passes_answered():
             shard_layers(model, ranks.mesh)
         held = HeldLayers(())  # what they stood for is kept whole by rank 0, or not needed
-    return Prepared(model, stage, first_new_id, held, whole, is_shared_out)
+    return Prepared(model, stage, first_new_id, held, dtype, whole, is_shared_out)

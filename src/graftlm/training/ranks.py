@@ -42,8 +42,8 @@ class Ranks:
 
     `store` is what they share before and beside the process group; `patience_seconds` how long one waits for another;
     `local_count` how many of them are on this machine. `mesh` is over whom a model's layers are shared out; None where
-    every rank holds all. `speaks`: whether an error is this rank's to tell the user.
-    `stacks`: by rank, what all were doing when one of them was found to hang.
+    every rank holds all. `is_zero`: gradients and moments are cut by DeepSpeed. `speaks`: whether an error is this
+    rank's to tell the user. `stacks`: by rank, what all were doing when one of them was found to hang.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class Ranks:
         patience_seconds: float = 600.0,
         local_count: int = 1,
         mesh: DeviceMesh | None = None,
+        is_zero: bool = False,
     ) -> None:
         self.rank, self.count, self.patience_seconds = rank, count, patience_seconds
-        self.local_count, self.mesh = local_count, mesh
+        self.local_count, self.mesh, self.is_zero = local_count, mesh, is_zero
         self.speaks = rank == 0
         self.stacks: dict[int, str] = {}
         self._store = store
@@ -76,6 +77,11 @@ class Ranks:
     def num_parts(self) -> int:
         """Into how many parts a layer's weights are cut: 1 where every rank holds all."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
+
+    @property
+    def pass_together(self) -> bool:
+        """Whether passes are work in common, so that all must take equally many in a step."""
+        return self.mesh is not None or self.is_zero
 
     def total(self, *numbers: float) -> list[float]:
         """Each number added up over all ranks, in float64, the same bits on every rank. Raises RankLost."""
@@ -114,6 +120,12 @@ class Ranks:
                 dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in bucket])
             torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place. Raises RankLost."""
+        if not self.is_alone:
+            with self._answered():
+                dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value (plain JSON), by rank, on every rank. Raises RankLost."""
@@ -253,7 +265,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.mesh is None or not _is_of_wire(error):
+            if not self.pass_together or not _is_of_wire(error):
                 raise
             raise self._why_broken(error) from None
 

@@ -44,16 +44,10 @@ from graftlm.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from graftlm.training.engine import make_engine
 from graftlm.training.evidence import keep_batch
 from graftlm.training.loop import StepRecord, train
-from graftlm.training.optim import (
-    cut_peak_rates,
-    learning_rate_shape,
-    make_optimizer,
-    optimizer_tensors,
-    restore_optimizer,
-)
-from graftlm.training.parts import parts_of
+from graftlm.training.optim import cut_peak_rates, learning_rate_shape
 from graftlm.training.precision import make_precision
 from graftlm.training.prepared import prepared
 from graftlm.training.ranks import ALONE, Ranks
@@ -65,7 +59,7 @@ from graftlm.training.saving import Saver, facts_of_saves
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
 from graftlm.training.together import checkpoint_from_first, gravest
-from graftlm.training.trainable import copy_weights, trainable_parameters
+from graftlm.training.trainable import trainable_parameters
 from graftlm.training.trained import TRAINED
 
 STATE_GROUPS = ("weights", "optimizer", "random")
@@ -113,8 +107,8 @@ class StageRun:
         self.prepared = prepared(model.float(), stage, self.precision.compute_dtype, device, first_new_id, ranks)
         self.model = self.prepared.model
         self.attention = attention_in_words(body_of(self.model), device, self.precision.compute_dtype)
-        self.parts = parts_of(self.model, ranks)
-        self.optimizer = make_optimizer(self.parts.roles, stage)
+        self.engine = make_engine(self.model, stage, ranks)
+        self.parts, self.optimizer = self.engine.parts, self.engine.optimizer
         self.steps = Steps(
             rows,
             batch_rows=stage.batch_rows,
@@ -124,7 +118,7 @@ class StageRun:
             sparing=_sparing(stage, self.model),
             rank=ranks.rank,
             num_ranks=ranks.count,
-            is_even=ranks.mesh is not None,
+            is_even=ranks.pass_together,
         )
         num_steps = self.steps.num_steps
         self.step = self.num_updates = 0
@@ -152,7 +146,7 @@ class StageRun:
         }
         tensors = {
             "weights": self._weights(),
-            "optimizer": self.parts.wholes(optimizer_tensors(self.optimizer, self.parts.by_name)),
+            "optimizer": self.parts.wholes(self.engine.moments()),
             "random": random_states(),
         }
         return Checkpoint(tensors, values)
@@ -174,8 +168,7 @@ class StageRun:
         begun_in, is_whole = saved.values["precision"], self.ranks.mesh is None
         self.precision = make_precision(self.stage, self.precision.device, begun_in, is_whole)
         self.prepared.hold_for(self.precision.compute_dtype, self.precision.device)
-        copy_weights(self.parts.by_name, saved.tensors["weights"])
-        restore_optimizer(self.optimizer, self.parts.by_name, saved.tensors["optimizer"])
+        self.engine.put_back(saved.tensors["weights"], saved.tensors["optimizer"])
         restore_random_states(saved.tensors["random"])
         values = saved.values
         self.step, self.num_updates = values["step"], values["num_updates"]
@@ -284,6 +277,7 @@ class StageRun:
                 lr_at=lambda updates: self.recovery.rates.of_all * shape(updates),
                 optimizer=self.optimizer,
                 parts=self.parts,
+                take_passes=self.engine.take_passes,
                 precision=self.precision,
                 max_grad_norm=self.stage.max_grad_norm,
                 on_step=[
@@ -329,8 +323,8 @@ class StageRun:
         return checkpoint_from_first(self.ranks, load, self.parts.part)
 
     def _begun_in(self) -> str | None:
-        """The precision a stage that continues was begun in, where it must be known before layers are shared out."""
-        if self.ranks.mesh is None:
+        """The precision a stage that continues was begun in, where it must be known before it is prepared for good."""
+        if not self.ranks.pass_together:
             return None
         return self.ranks.from_first(lambda: precision_begun_in(self.checkpoints))
 
