@@ -174,9 +174,10 @@ def poisoned(ranks: Ranks, precision: str, folder: Path) -> str:
     """Train where one rare id's row lets every sum with it overflow."""
     folder.mkdir(exist_ok=True)
     stage = stage_of(LORA_NEW, precision=precision, epochs=1, batch_rows=4, groups={"new_rows": {"peak_lr": 1e-30}})
-    run = StageRun(tiny_model(), stage, rows_with_one_bad(), {}, folder, CPU, FIRST_NEW_ID, ranks=ranks)
+    model = tiny_model()
     with torch.no_grad():
-        run.model.get_input_embeddings().parametrizations.weight.original1[RARE - FIRST_NEW_ID] = 3e38
+        model.get_input_embeddings().weight[RARE] = 3e38
+    run = StageRun(model, stage, rows_with_one_bad(), {}, folder, CPU, FIRST_NEW_ID, ranks=ranks)
     run.run()
     return weights_sha256(run.model)
 

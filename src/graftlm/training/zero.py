@@ -10,9 +10,10 @@ Source: ZeRO, arXiv 1910.02054; gradients and moments partitioned is its second 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -173,11 +174,10 @@ def _initialized(twin: _Watched, optimizer: torch.optim.Optimizer, ranks: Ranks)
     """DeepSpeed's engine over all ranks, which have met already."""
     device = next(twin.parameters()).device
     os.environ["DS_ACCELERATOR"] = device.type  # it would take a GPU where there is one
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import deepspeed  # pyright: ignore[reportMissingImports]
+    with contextlib.redirect_stdout(sys.stderr):  # it logs to stdout, which is the user's
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it logs to stdout, which is the user's
-    engine, *_ = deepspeed.initialize(
-        model=twin, optimizer=optimizer, config=copy.deepcopy(CONFIG), mpu=_World(ranks), dist_init_required=False
-    )
+        engine, *_ = deepspeed.initialize(
+            model=twin, optimizer=optimizer, config=copy.deepcopy(CONFIG), mpu=_World(ranks), dist_init_required=False
+        )
     return engine
