@@ -302,7 +302,7 @@ class Card(Section):
     data_license: str | None = None
 
 
-Shard = Literal["none", "full", "hybrid", "zero2"]
+Shard = Literal["none", "full", "hybrid", "zero2", "zero3"]
 
 
 class RankSettings(Section):

@@ -6,6 +6,7 @@ stand behind one seam. Does not know the loop's order, nor what is saved where.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ class PlainEngine:
         self.optimizer: torch.optim.Optimizer = make_optimizer(self.parts.roles, stage)
         self.take_passes = take_passes
 
+    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """They lie as passes want them, or are put together in each (FSDP2)."""
+        return contextlib.nullcontext()
+
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's state as this rank holds it: NAME|KEY to its tensor, in the optimizer's own memory."""
         return optimizer_tensors(self.optimizer, self.parts.by_name)
@@ -41,4 +46,4 @@ class PlainEngine:
 
 def make_engine(model: Any, stage: Stage, ranks: Ranks) -> PlainEngine | ZeroEngine:
     """The engine the ranks were told to train a prepared model with. All must call it together. Raises RankLost."""
-    return ZeroEngine(model, stage, ranks) if ranks.is_zero else PlainEngine(model, stage, ranks)
+    return ZeroEngine(model, stage, ranks) if ranks.zero_stage else PlainEngine(model, stage, ranks)

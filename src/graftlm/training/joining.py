@@ -33,6 +33,7 @@ from graftlm.training.stacks import answer_if_asked
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 10.0
 BESIDE = "ranks on its machine"
+ZERO_STAGES = {"zero2": 2, "zero3": 3}
 
 
 @contextlib.contextmanager
@@ -75,7 +76,7 @@ def joined(
             "Let the machines reach each other on any port; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME name the network.",
         ) from None
     mesh = _mesh(place, device, patience, shard)
-    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count, mesh, shard == "zero2")
+    ranks = Ranks(place.rank, place.count, store, patience_seconds, place.local_count, mesh, ZERO_STAGES.get(shard, 0))
     is_over = threading.Event()
     beside = _store(place, join_seconds, is_second=True)
     threading.Thread(target=_attend, args=(beside, place.rank, is_over), daemon=True, name="attending").start()
@@ -95,9 +96,9 @@ def joined(
 
 def refuse_missing_deepspeed(shard: Shard) -> None:
     """Raises UserError where `shard` asks for DeepSpeed and it is not installed."""
-    if shard == "zero2" and importlib.util.find_spec("deepspeed") is None:
+    if shard in ZERO_STAGES and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "ranks.shard=zero2 needs DeepSpeed, which is not installed.",
+            f"ranks.shard={shard} needs DeepSpeed, which is not installed.",
             "Install it (pip install 'graftlm[deepspeed]'), or set ranks.shard=full, which needs nothing more.",
         )
 
@@ -119,7 +120,7 @@ def refuse_uneven_machines(place: Place) -> None:
 
 def _mesh(place: Place, device: torch.device, patience: timedelta, shard: Shard) -> DeviceMesh | None:
     """Over whom layers are shared out: along the last dimension; along a first one lie copies (machines)."""
-    if shard in ("none", "zero2"):
+    if shard == "none" or shard in ZERO_STAGES:
         return None
     if shard == "full":
         world: Any = dist.group.WORLD

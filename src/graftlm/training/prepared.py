@@ -106,9 +106,10 @@ def prepared(
 ) -> Prepared:
     """Make a float32 model ready for a stage whose products are of `dtype`. Raises UserError, RankLost."""
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
-    is_shared_out = ranks.mesh is not None
+    is_shared_out = not ranks.hold_all
     whole = whole_model(model) if is_shared_out and ranks.is_first else None
-    held = hold_frozen_as(model, dtype, stage.frozen_base)
+    # DeepSpeed cuts weights of one dtype only.
+    held = HeldLayers(()) if ranks.zero_stage == 3 else hold_frozen_as(model, dtype, stage.frozen_base)
     model.to(device)
     lay_rows_together(model)
     attend_packed(body_of(model))

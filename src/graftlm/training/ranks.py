@@ -42,7 +42,7 @@ class Ranks:
 
     `store` is what they share before and beside the process group; `patience_seconds` how long one waits for another;
     `local_count` how many of them are on this machine. `mesh` is over whom a model's layers are shared out; None where
-    every rank holds all. `is_zero`: gradients and moments are cut by DeepSpeed. `speaks`: whether an error is this
+    every rank holds all. `zero_stage`: DeepSpeed's, 0 without it. `speaks`: whether an error is this
     rank's to tell the user. `stacks`: by rank, what all were doing when one of them was found to hang.
     """
 
@@ -54,10 +54,10 @@ class Ranks:
         patience_seconds: float = 600.0,
         local_count: int = 1,
         mesh: DeviceMesh | None = None,
-        is_zero: bool = False,
+        zero_stage: int = 0,
     ) -> None:
         self.rank, self.count, self.patience_seconds = rank, count, patience_seconds
-        self.local_count, self.mesh, self.is_zero = local_count, mesh, is_zero
+        self.local_count, self.mesh, self.zero_stage = local_count, mesh, zero_stage
         self.speaks = rank == 0
         self.stacks: dict[int, str] = {}
         self._store = store
@@ -81,7 +81,12 @@ class Ranks:
     @property
     def pass_together(self) -> bool:
         """Whether passes are work in common, so that all must take equally many in a step."""
-        return self.mesh is not None or self.is_zero
+        return self.mesh is not None or self.zero_stage > 0
+
+    @property
+    def hold_all(self) -> bool:
+        """Whether every rank holds all weights, also between passes."""
+        return self.mesh is None and self.zero_stage < 3
 
     def total(self, *numbers: float) -> list[float]:
         """Each number added up over all ranks, in float64, the same bits on every rank. Raises RankLost."""

@@ -103,10 +103,11 @@ class StageRun:
         self.checkpoints = folder / "checkpoints"
         self.metrics = Metrics(folder / "metrics.jsonl", ranks.is_first)
         seed_everything(stage.seed)
-        self.precision = make_precision(stage, device, self._begun_in(), ranks.mesh is None)
+        self.precision = make_precision(stage, device, self._begun_in(), ranks.hold_all)
         self.prepared = prepared(model.float(), stage, self.precision.compute_dtype, device, first_new_id, ranks)
         self.model = self.prepared.model
         self.attention = attention_in_words(body_of(self.model), device, self.precision.compute_dtype)
+        self.num_learning = sum(p.numel() for p in trainable_parameters(self.model).values())
         self.engine = make_engine(self.model, stage, ranks)
         self.parts, self.optimizer = self.engine.parts, self.engine.optimizer
         self.steps = Steps(
@@ -165,7 +166,7 @@ class StageRun:
 
     def _go_back_to(self, saved: Checkpoint) -> None:
         # `auto` may mean something else on this machine: what was begun goes on as it was begun.
-        begun_in, is_whole = saved.values["precision"], self.ranks.mesh is None
+        begun_in, is_whole = saved.values["precision"], self.ranks.hold_all
         self.precision = make_precision(self.stage, self.precision.device, begun_in, is_whole)
         self.prepared.hold_for(self.precision.compute_dtype, self.precision.device)
         self.engine.put_back(saved.tensors["weights"], saved.tensors["optimizer"])
@@ -190,7 +191,8 @@ class StageRun:
         say(f"{self.stage.name}: {self.precision.name} on {self.precision.device.type}, attention by {self.attention}")
         forget_peak_memory(self.precision.device)
         if not self.resume():
-            self._before().refuse(self.folder, self.metrics)
+            with self.engine.whole_weights():
+                self._before().refuse(self.folder, self.metrics)
             self._read_heldout(0)
             if self.stage.recovery != "off":
                 self._save()  # the first state to go back to, or to put back for a moment to tell who is to blame
@@ -253,11 +255,15 @@ class StageRun:
 
     def _take_again(self, skipped: SkippedStep) -> Incident:
         good = self._last_good()
-        own = replay(self.model, self.steps, skipped, self.precision, good, self.first_new_id, self.name_of, self.ranks)
+        given = (self.steps, skipped, self.precision, good, self.first_new_id, self.name_of, self.ranks)
+        with self.engine.whole_weights():
+            own = replay(self.model, *given)
         return gravest(self.ranks, own)
 
     def _blame(self, step: int, best: float) -> tuple[str, ...]:
-        return blame_for_rise(self.model, self.steps, step, self.precision, self._last_good(), best, self.ranks)
+        good = self._last_good()
+        with self.engine.whole_weights():
+            return blame_for_rise(self.model, self.steps, step, self.precision, good, best, self.ranks)
 
     def _last_good(self) -> dict[str, torch.Tensor] | None:
         self.saver.wait()
@@ -307,7 +313,7 @@ class StageRun:
             "training_seconds": round(seconds, 3),
             "tokens_per_second": round(num_tokens / max(seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(self.precision.device),
-            "num_learning_parameters": sum(p.numel() for p in trainable_parameters(self.model).values()),
+            "num_learning_parameters": self.num_learning,
             "precision": self.precision.name,
             "device": self.precision.device.type,
             "attention": self.attention,
@@ -342,7 +348,8 @@ class StageRun:
                 raise _EarlyStop
 
     def _read_heldout(self, step: int) -> None:
-        loss = self.watch.read(step, self.model, self.precision, self._weights)
+        with self.engine.whole_weights():
+            loss = self.watch.read(step, self.model, self.precision, self._weights)
         if loss is not None:
             self.recovery.see_heldout(step, loss)
 

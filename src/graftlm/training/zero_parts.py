@@ -1,15 +1,14 @@
 """What of a stage's weights, gradients and moments this rank holds where DeepSpeed's ZeRO cuts them.
 
-Owns the way from the flat partitions of its optimizer to named tensors and back. Reads where DeepSpeed says that a
-parameter's piece lies, and imports nothing of it. Does not know passes or files.
+Owns the way from the flat partitions of its optimizer to named tensors and back. Imports nothing of DeepSpeed: where a
+piece lies and what its gradient is, it is told (`zero.py`). Does not know passes or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from graftlm.training.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """This rank's piece of one learning tensor, flat: from entry `start` on. `weights` lie in the optimizer's own
-    partition `flat`, from its entry `offset` on; where this rank holds none of the tensor, it is empty."""
+    """This rank's piece of one learning tensor, flat: `weights` are the tensor's entries from `start` on, and lie in
+    the optimizer's own partition `flat`, from its entry `offset` on. Empty where this rank holds none of the tensor."""
 
     weights: Parameter
     start: int
@@ -38,24 +37,38 @@ class Piece:
         return partition.narrow(0, self.offset, self.weights.numel())
 
 
-class ZeroParts:
-    """What learns: whole by name, as every rank holds it, and in this rank's pieces by role, as gradients come.
+def piece_at(flat: Tensor, offset: int, start: int, length: int) -> Piece:
+    """The piece of `length` entries that lies at `offset` of a partition, and is its tensor's from `start` on."""
+    return Piece(Parameter(flat.detach().narrow(0, offset, length)), start, flat, offset)
 
-    The seam of `Parts`; a moment is cut, a weight is not.
+
+class ZeroParts:
+    """What learns: by name as the model has it, and by role in this rank's pieces, as gradients come.
+
+    The seam of `Parts`. `shapes` are those of whole tensors. `are_whole`: every rank holds every weight, and only
+    gradients and moments are cut. `gradient_of` tells a piece's gradient by name, a mean over ranks, in the memory the
+    optimizer will read; None where this rank has none of it.
     """
 
     def __init__(
-        self, learning: Mapping[str, Parameter], twins: Mapping[str, Any], flats: Mapping[str, Tensor], ranks: Ranks
+        self,
+        learning: Mapping[str, Parameter],
+        shapes: Mapping[str, torch.Size],
+        roles: Mapping[str, Sequence[str]],
+        pieces: Mapping[str, Piece],
+        gradient_of: Callable[[str], Tensor | None],
+        are_whole: bool,
+        ranks: Ranks,
     ) -> None:
-        """`twins` are the parameters as DeepSpeed knows them, `flats` by name this rank's partition of their group."""
-        self.by_name, self.ranks, self._twins = dict(learning), ranks, twins
-        self.pieces = {name: _piece(twin, flats[name]) for name, twin in twins.items()}
-        self.roles: dict[str, list[Parameter]] = {}
+        self.by_name, self.pieces, self.are_whole, self.ranks = dict(learning), pieces, are_whole, ranks
+        self.roles = {role: [pieces[name].weights for name in names] for role, names in roles.items()}
+        self._gradient_of = gradient_of
+        self._shapes = shapes
 
     @property
     def lying_whole(self) -> list[Parameter]:
-        """Every weight: ZeRO's second stage cuts none."""
-        return list(self.by_name.values())
+        """Those that every rank holds all of."""
+        return list(self.by_name.values()) if self.are_whole else []
 
     @property
     def recorded(self) -> dict[str, list[Parameter]]:
@@ -63,12 +76,11 @@ class ZeroParts:
         return {role: found for role, found in self.roles.items() if found}
 
     def sum_gradients(self) -> None:
-        """Make every piece's gradient that of the whole step, in the memory DeepSpeed's step will read."""
-        for name, twin in self._twins.items():
-            mapped, piece = twin._hp_mapping, self.pieces[name]
-            if mapped is not None:
-                gradient = mapped.get_lp_grad_fragment(twin._index_in_param_group).view(-1)
-                piece.weights.grad = gradient.mul_(self.ranks.count)  # DeepSpeed's is a mean over ranks
+        """Make every piece's gradient that of the whole step, in the memory the optimizer will read."""
+        for name, piece in self.pieces.items():
+            gradient = self._gradient_of(name)
+            if gradient is not None:
+                piece.weights.grad = gradient.mul_(self.ranks.count)  # one denominator for the step: a sum, not a mean
 
     def gradient_norms(self, groups: Mapping[str, Sequence[Parameter]]) -> dict[str, float]:
         """The 2-norm of each group's gradients over all pieces: the same bits on every rank. Raises RankLost."""
@@ -81,21 +93,22 @@ class ZeroParts:
         return (total / max(num_entries, 1)) ** (1 / power)
 
     def part(self, key: str, whole: Tensor) -> Tensor:
-        """What this rank holds of a weight NAME: all of it; of its optimizer's state NAME|KEY: its piece."""
+        """What this rank keeps of a saved weight NAME: all of it; of an optimizer's state NAME|KEY: its piece."""
         name, _, is_state = key.partition("|")
         return self.pieces[name].of(whole).clone() if is_state and whole.ndim else whole
 
     def wholes(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those tensors whole: weights where they lie; moments on rank 0's CPU, put together one after another. All
-        ranks must call it together. Raises RankLost."""
+        """Those weights and states whole: as they are and where they lie, or put together from all ranks one after
+        another, on the CPU of rank 0. All ranks must call it together. Raises RankLost."""
         found = {}
         for key, part in parts.items():
             name, _, is_state = key.partition("|")
-            if not is_state or not part.ndim:
+            if not part.ndim or (self.are_whole and not is_state):
                 found[key] = part.detach()
                 continue
-            whole = torch.zeros_like(self.by_name[name])
-            self.pieces[name].of(whole).copy_(part)
+            piece = self.pieces[name]
+            whole = torch.zeros(self._shapes[name], device=piece.weights.device)
+            piece.of(whole).copy_(part if is_state else piece.weights.detach())
             self.ranks.sum_in_place(whole)
             if self.ranks.is_first:
                 found[key] = whole.cpu()
@@ -104,13 +117,3 @@ class ZeroParts:
     def refuse_different(self, what: str) -> None:
         """Stop where ranks hold other bits of what they should hold alike. Raises RuntimeError, RankLost."""
         self.ranks.refuse_different(self.lying_whole, what)
-
-
-def _piece(twin: Any, flat: Tensor) -> Piece:
-    """This rank's piece of a parameter whose group lies in `flat`, as DeepSpeed has mapped it; empty for none."""
-    mapped = twin._hp_mapping
-    start, offset, length = 0, 0, 0
-    if mapped is not None:
-        place = mapped.get_hp_fragment_address()
-        start, offset, length = mapped.lp_fragment_address.start, place.start, place.numel
-    return Piece(Parameter(flat.detach().narrow(0, offset, length)), start, flat, offset)
