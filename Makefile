@@ -4,6 +4,8 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# An environment with DeepSpeed beside all the rest: the ordinary tests are of one without it.
+ZERO := .zero
 # Two workers of one thread each: threads that fight for the same cores make every test many times slower.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2
 
@@ -14,7 +16,7 @@ help:
 	@echo "make demo   set up, then from nothing to a talking model"
 	@echo "make test   set up, then the tests"
 	@echo "make slow   the long tests: more fuzzing, real input"
-	@echo "make soak   a hundred kills, and two machines of network namespaces cut apart (root)"
+	@echo "make soak   a hundred kills, and two machines of network namespaces cut apart (root), and DeepSpeed"
 	@echo "make lint   ruff, import contract, pyright"
 	@echo "make keys   write the tables of recipe keys into the guides"
 	@echo "make bench-cpu   our trainer against TRL and LLaMA-Factory (BENCH=\"--quick\" passes words on)"
@@ -39,8 +41,19 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(TEST) -m slow
 
-soak: $(STAMP)
+$(ZERO)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(ZERO)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' \
+		> "$$($(ZERO)/bin/python -c 'import site; print(*site.getsitepackages())')/beside.pth"
+	$(ZERO)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools wheel ninja
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install --quiet --no-build-isolation \
+		--constraint $(VENV)/constraints.txt deepspeed
+	@touch $@
+
+soak: $(STAMP) $(ZERO)/.installed
 	$(TEST) -m soak
+	PATH=$(CURDIR)/$(ZERO)/bin:$$PATH PYTHONPATH=src OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(ZERO)/bin/python -m pytest -q tests/training/test_zero.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -55,4 +68,4 @@ bench-cpu: $(STAMP)
 	$(BIN)/python bench/cpu.py $(BENCH)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ZERO)

@@ -123,6 +123,13 @@ def test_eight_v100_take_a_7b_whose_layers_are_shared_out(run: Run) -> None:
     assert (found["num_parts"], found["num_devices"], found["sharded"]) == (8, 16, None)
 
 
+def test_deepspeeds_share_is_not_predicted_and_that_is_told(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "v100-32", "--gpus", "8", "ranks.shard=zero2", "--json")
+    found = json.loads(out)
+    assert (code, err, found["num_parts"]) == (0, "", 1)
+    assert "ranks.shard=zero2 is planned as none: DeepSpeed's share is not predicted" in found["assumptions"]
+
+
 def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run) -> None:
     code, out, err = run(ROOT / "recipes" / "demo.yaml", "--on", "cpu", "--gpus", "2", "--json")
     found = json.loads(out)

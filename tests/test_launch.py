@@ -84,8 +84,22 @@ def test_gpus_under_torchrun_are_refused(recipe: Path) -> None:
 def test_what_cannot_be_shared_out_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"ranks.shard=hybrid shards within machines .* this is one machine"):
         launch(2, Place(), load_recipe(recipe, ["ranks.shard=hybrid"]), [])
-    with pytest.raises(UserError, match=r"nf4 cannot be shared out over ranks: take exact, or ranks.shard none"):
+    with pytest.raises(
+        UserError, match=r"nf4 cannot be shared out over ranks: take exact, or ranks.shard none or zero2"
+    ):
         load_recipe(recipe, ["stages.lora.frozen_base=nf4", "ranks.shard=full"])
+
+
+def test_deepspeed_that_is_missing_is_told_before_any_process_starts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ranks.shard=zero3 needs DeepSpeed, which is not installed") as error:
+        launch(2, Place(), load_recipe(recipe, ["ranks.shard=zero3"]), [])
+    assert (error.value.exit_code, "pip install 'graftlm[deepspeed]'" in error.value.fix) == (2, True)
+    load_recipe(recipe, ["stages.lora.frozen_base=nf4", "ranks.shard=zero2"])
+    with pytest.raises(UserError, match=r"nf4 cannot be shared out over ranks"):
+        load_recipe(recipe, ["stages.lora.frozen_base=nf4", "ranks.shard=zero3"])
 
 
 def failures(**codes: int) -> Any:

@@ -343,10 +343,10 @@ class Recipe(Section):
             if isinstance(name, str) and name in STEP_NAMES:
                 yield (*where, "name"), f"{name} is the name of a step of every run: give the stage another"
             frozen = stage.get("frozen_base", "exact")
-            if frozen != "exact" and values_of(given.get("ranks")).get("shard", "none") != "none":
+            if frozen != "exact" and values_of(given.get("ranks")).get("shard", "none") not in ("none", "zero2"):
                 yield (
                     (*where, "frozen_base"),
-                    f"{frozen} cannot be shared out over ranks: take exact, or ranks.shard none",
+                    f"{frozen} cannot be shared out over ranks: take exact, or ranks.shard none or zero2",
                 )
             if stage.get("objective") == "text" and not values_of(given.get("data")).get("text"):
                 yield (*where, "objective"), "a stage with objective text needs data.text"

@@ -7,8 +7,12 @@ import torch
 from tiny_training import FULL, make_rows, make_stage, tiny_model
 
 from graftlm.errors import UserError
-from graftlm.health.plan import PROCESS_BYTES
+from graftlm.health.memory import moments
+from graftlm.health.plan import PROCESS_BYTES, size_of
+from graftlm.health.sharding import moments_with_zero
+from graftlm.model.shapes import shape_of
 from graftlm.training import room
+from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 
 
@@ -44,3 +48,17 @@ def test_a_stage_too_large_is_refused_and_one_that_hardly_fits_is_warned_of(
     err = capsys.readouterr().err
     assert told in err
     assert ("GiB" in err) == bool(told)
+
+
+def test_of_what_deepspeed_cuts_moments_alone_are_counted_as_cut() -> None:
+    stage, name = make_stage(FULL), "Adam's moments fp32"
+    shape = shape_of(tiny_model().config.to_dict(), "here")
+    size = size_of(wish_of(stage, "here", shape, 8, facts_of(make_rows(), "here")), "fp32", True, 24, False)
+    (whole,) = [moment.items for moment in moments(size) if moment.name == "optimizer's step"]
+    for num_ranks in (2, 4):
+        for are_weights_cut in (False, True):
+            found = {moment.name: moment.items for moment in moments_with_zero(size, num_ranks, are_weights_cut)}
+            items = found["optimizer's step"]
+            assert items[name] == whole[name] // num_ranks
+            assert (items["weights fp32"], items["gradients fp32"]) == (whole["weights fp32"], size.gradient_bytes)
+            assert items["DeepSpeed's own weights, and gradients twice"] == 3 * whole[name] // 2 // num_ranks

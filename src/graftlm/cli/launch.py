@@ -87,7 +87,7 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
     from torch.distributed.run import run as torchrun
 
     from graftlm.device import num_cores, pick_device
-    from graftlm.training.joining import refuse_uneven_machines
+    from graftlm.training.joining import refuse_missing_deepspeed, refuse_uneven_machines
     from graftlm.training.place import Place
 
     if place.count > 1:
@@ -99,6 +99,7 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
         there = torch.cuda.device_count()
         raise UserError(f"--gpus {num_ranks}: this machine has {there}.", f"Ask for at most {there}.")
     _refuse_more_ranks_than_rows(num_ranks, recipe)
+    refuse_missing_deepspeed(recipe.ranks.shard)
     if recipe.ranks.shard == "hybrid":
         refuse_uneven_machines(Place(0, num_ranks, 0, num_ranks))
     logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below

@@ -65,6 +65,8 @@ def plan(
     cluster = cluster_of(device, gpus, nodes, network, failures, checkpoint_seconds, checkpoint_every)
     wishes, told = wishes_of(loaded, out or Path("runs") / loaded.name)
     wishes = [with_tokens(wish, tokens) for wish in wishes] if tokens is not None else wishes
+    if loaded.ranks.shard.startswith("zero"):
+        told = [*told, f"ranks.shard={loaded.ranks.shard} is planned as none: DeepSpeed's share is not predicted"]
     if not device.is_cpu:
         _check_shares(wishes, num_devices)
     num_parts = _num_parts(loaded, gpus, nodes) if not device.is_cpu else 1

@@ -26,6 +26,30 @@ def peak_of_rank(size: StageSize, num_parts: int) -> Moment:
     return max(found, key=lambda moment: moment.num_bytes)
 
 
+def peak_with_zero(size: StageSize, num_ranks: int, are_weights_cut: bool) -> Moment:
+    """The same where DeepSpeed cuts moments, gradients and, in its third stage, weights: of those only the moments are
+    counted as cut, for held-out readings and replays put the others together on every rank (`training/zero.py`).
+
+    What it keeps beside them is read from its code, not measured.
+    """
+    found = moments_with_zero(replace(size, is_accumulating=True), num_ranks, are_weights_cut)
+    return max(found, key=lambda moment: moment.num_bytes)
+
+
+def moments_with_zero(size: StageSize, num_ranks: int, are_weights_cut: bool) -> Iterator[Moment]:
+    """Every moment that may be the worst there."""
+    own = -(-size.learning_parameters * WIDE // num_ranks)
+    for moment in moments(size):
+        items = dict(moment.items)
+        items["Adam's moments fp32"] = -(-items.get("Adam's moments fp32", 0) // num_ranks)
+        if are_weights_cut:
+            items["weights fp32"] = size.shape.num_parameters * WIDE
+            items.pop(FROZEN["exact"], None)  # not held in 16 bits
+            items["weights fp32, cut"] = -(-size.shape.num_parameters * WIDE // num_ranks)
+        items["DeepSpeed's own weights, and gradients twice"] = 3 * own
+        yield Moment(moment.name, items)
+
+
 def moments_of_rank(size: StageSize, num_parts: int) -> Iterator[Moment]:
     """Every moment that may be the worst."""
     for moment in moments(size):

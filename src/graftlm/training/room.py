@@ -18,7 +18,7 @@ from graftlm.health.finding import Finding
 from graftlm.health.memory import GIB, Moment, StageSize, peak
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, measured_rows
-from graftlm.health.sharding import peak_of_rank
+from graftlm.health.sharding import peak_of_rank, peak_with_zero
 from graftlm.model.causal import plain_model
 from graftlm.model.shapes import Shape, shape_of
 from graftlm.recipe import Lora, Stage
@@ -115,10 +115,12 @@ def _prepared(
     num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
     wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
     is_cpu = precision.device.type == "cpu"
-    own = replace(wish, batch_rows=-(-wish.batch_rows // ranks.count)) if ranks.num_parts > 1 else wish
+    own = replace(wish, batch_rows=-(-wish.batch_rows // ranks.count)) if ranks.pass_together else wish
     size = size_of(own, precision.name, is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
     return wish, size
 
 
 def _peak(size: StageSize, ranks: Ranks) -> Moment:
+    if ranks.zero_stage:
+        return peak_with_zero(size, ranks.count, ranks.zero_stage == 3)
     return peak(size) if ranks.num_parts == 1 else peak_of_rank(size, ranks.num_parts)
