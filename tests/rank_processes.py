@@ -58,11 +58,17 @@ def ended(processes: dict[int, Any], seconds: float = OUTER_SECONDS) -> dict[int
 
 
 def on_ranks(
-    count: int, work: Callable[..., Any], *given: Any, folder: Path, shard: Any = "none", local_count: int = 0
+    count: int,
+    work: Callable[..., Any],
+    *given: Any,
+    folder: Path,
+    shard: Any = "none",
+    local_count: int = 0,
+    seconds: float = OUTER_SECONDS,
 ) -> list[Any]:
-    """What `work(ranks, *given)` returned (plain JSON) on each rank, all of which ended well."""
+    """What `work(ranks, *given)` returned (plain JSON) on each rank, all of which ended well in so many seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes = ended(started(count, _with_ranks, shard, work, *given, folder=folder, local_count=local_count))
+    codes = ended(started(count, _with_ranks, shard, work, *given, folder=folder, local_count=local_count), seconds)
     said = {rank: (folder / f"{rank}.err").read_text() for rank in codes}
     assert set(codes.values()) == {0}, f"{codes} {said}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]

@@ -47,6 +47,7 @@ needs_deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed, so ZeRO is NOT tested here: make soak does it in an environment of its own",
 )
 SHARDS = ["zero2", "zero3"]
+pytestmark = pytest.mark.timeout(600)  # the nine cases of a way are trained before its first test
 NAMES = ["full", "full-tied", "lora", "lora-new-tied", "new-rows", "bf16", "bf16-lora", "fp16", "uneven"]
 
 
@@ -66,7 +67,7 @@ def shard(request: pytest.FixtureRequest) -> str:
 def together(tmp_path_factory: pytest.TempPathFactory, shard: str) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp(shard)
     cases = {name: CASES[name] for name in NAMES}
-    return folder, on_ranks(2, trained, cases, folder, folder=folder / "processes", shard=shard)
+    return folder, on_ranks(2, trained, cases, folder, folder=folder / "processes", shard=shard, seconds=500)
 
 
 @needs_deepspeed
