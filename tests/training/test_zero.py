@@ -25,6 +25,7 @@ from test_several_ranks import (
     WEIGHTS,
     cut_after,
     handed_out,
+    held_narrow,
     lines_of,
     poisoned,
     rows_with_one_bad,
@@ -161,6 +162,16 @@ def test_one_stage_after_another_comes_to_ranks_without_disk_and_road(tmp_path: 
     handed_out(ALONE, given, tmp_path / "one")
     on_ranks(2, handed_out, given, tmp_path / "two", folder=tmp_path / "processes", shard=shard)
     hold_alike(tmp_path / "one" / "model.pt", tmp_path / "two" / "model.pt", WEIGHTS)
+
+
+@needs_deepspeed
+def test_a_frozen_base_in_few_bits_is_left_alone(tmp_path: Path) -> None:
+    """ZeRO-2 knows only what learns."""
+    pytest.importorskip("bitsandbytes")
+    held_narrow(ALONE, "nf4", tmp_path / "one")
+    on_ranks(2, held_narrow, "nf4", tmp_path / "two", folder=tmp_path / "processes", shard="zero2")
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=10 * NUMBERS)
 
 
 def failing(fault: str, shard: str, folder: Path) -> None:
