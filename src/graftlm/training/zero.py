@@ -71,7 +71,7 @@ class ZeroEngine:
         optimizer = make_optimizer({role: [named[name] for name in found] for role, found in roles.items()}, stage)
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         shapes = {name: p.shape for name, p in learning.items()}
-        with ranks.passes_answered():
+        with ranks.passes_answered(), contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is the user's
             config = {**CONFIG, "zero_optimization": ZERO[ranks.zero_stage]}
             self._engine, *_ = deepspeed.initialize(
                 model=self._twin, optimizer=optimizer, config=config, mpu=_World(ranks), dist_init_required=False
@@ -287,6 +287,6 @@ def _imported(device: torch.device) -> Any:
     """DeepSpeed, which computes on `device` and keeps its own story to itself."""
     os.environ["DS_ACCELERATOR"] = device.type  # it would take a GPU where there is one
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # collectives it calls
-    with contextlib.redirect_stdout(sys.stderr):  # where its logger goes from now on: stdout is the user's
+    with contextlib.redirect_stdout(sys.stderr):  # where its logger goes from now on
         import deepspeed  # pyright: ignore[reportMissingImports]
     return deepspeed
