@@ -15,8 +15,8 @@ from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_newest_checkpoint,
     newest_checkpoint,
+    newest_stored,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
@@ -65,7 +65,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(saved: Path, name: st
     damage(step_folder(saved, 4) / name)
     with pytest.raises(UserError):
         load_checkpoint(step_folder(saved, 4))
-    found = load_newest_checkpoint(saved, GROUPS)
+    found = newest_stored(saved, GROUPS)
     assert found is not None
     assert found.values["step"] == 2
     assert name in capsys.readouterr().err
@@ -79,16 +79,16 @@ def test_when_every_one_is_damaged_nothing_is_begun_anew_in_silence(saved: Path)
     with pytest.raises(
         UserError, match=r"weights\.safetensors does not match .* No earlier checkpoint is whole"
     ) as error:
-        load_newest_checkpoint(saved, GROUPS)
+        newest_stored(saved, GROUPS)
     assert f"delete {saved.parent}" in error.value.fix
     assert len(list(saved.iterdir())) == 2
-    assert load_newest_checkpoint(saved / "none", GROUPS) is None
+    assert newest_stored(saved / "none", GROUPS) is None
 
 
 def test_a_state_that_lacks_a_part_is_not_resumed_from(saved: Path, capsys) -> None:
     """R6: without its random states a run would go on to another model."""
     save_checkpoint(step_folder(saved, 6), Checkpoint({"weights": {"a": torch.zeros(1)}}, {"step": 6}))
-    found = load_newest_checkpoint(saved, GROUPS)
+    found = newest_stored(saved, GROUPS)
     assert found is not None
     assert found.values["step"] == 4
     assert "lacks random.safetensors" in capsys.readouterr().err

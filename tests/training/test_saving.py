@@ -20,7 +20,7 @@ from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import room
 from graftlm.training import saving as saving_module
 from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, step_folder, whole_checkpoints
-from graftlm.training.saving import Saver, facts_of_saves
+from graftlm.training.saving import HostMemory, Saver, facts_of_saves
 from graftlm.training.stage import StageRun
 
 LORA = {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.2}
@@ -141,7 +141,7 @@ def test_a_write_that_fails_ends_the_stage_at_the_next_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "_write", full_at_one)
-        after_step(patch, run, failing + 1, lambda: run.saver._in_flight.thread.join(SECONDS))  # type: ignore[union-attr]
+        after_step(patch, run, failing + 1, lambda: run.saver._in_flight.job.thread.join(SECONDS))  # type: ignore[union-attr]
         with pytest.raises(DiskError, match="bytes free") as error:
             run.run()
     assert (error.value.exit_code, run.step) == (4, last_step)
@@ -234,16 +234,16 @@ def test_where_memory_holds_no_copy_the_step_writes(
     assert all(line["waited_seconds"] >= line["written_seconds"] > 0 for line in told)
 
 
-def test_the_copy_keeps_to_its_memory(tmp_path: Path) -> None:
+def test_the_copy_keeps_to_its_memory() -> None:
     """Taken once, as large as the largest; values are copied too."""
-    saver = Saver(Metrics(tmp_path / "metrics.jsonl"), in_background=True)
+    memory = HostMemory()
     tensors, values = {"weights": {"a": torch.ones(4, 4).T, "b": torch.tensor(3)}}, {"step": 1, "in": {"a": [1]}}
-    first = saver._copied(Checkpoint(tensors, values))
+    first = memory.copied(Checkpoint(tensors, values))
     values["in"]["a"].append(2)
     tensors["weights"]["a"].mul_(5)
     assert first.values["in"] == {"a": [1]}
     assert torch.equal(first.tensors["weights"]["a"], torch.ones(4, 4))
-    second = saver._copied(Checkpoint(tensors, values))
+    second = memory.copied(Checkpoint(tensors, values))
     assert second.tensors["weights"]["a"].data_ptr() == first.tensors["weights"]["a"].data_ptr()
     assert second.tensors["weights"]["b"] == 3
 
@@ -268,6 +268,6 @@ def test_a_kill_while_one_takes_anothers_place_loses_neither(
         saving_module.save_checkpoint(step_folder(tmp_path, 4), Checkpoint(saved.tensors, {"step": 4, "time": 2}))
     monkeypatch.undo()
     assert not step_folder(tmp_path, 4).exists()
-    found = checkpoint_module.load_newest_checkpoint(tmp_path, ["weights"])
+    found = checkpoint_module.newest_stored(tmp_path, ["weights"])
     assert found is not None
     assert found.values == {"step": 4, "time": 1}

@@ -50,6 +50,21 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
     return cut.full_tensor()
 
 
+def on_host(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks, cut and copied alike, for tensors on the CPU."""
+    if mesh.device_type == "cpu":
+        return mesh
+    groups: Any = mesh.get_all_groups()
+    one_or_all = groups[0] if mesh.ndim == 1 else groups
+    return DeviceMesh.from_group(one_or_all, "cpu", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
+def as_cut(part: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A rank's plain part as what tells where in the whole it lies: cut as the parameter `like` is, over `mesh`."""
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     """Share the decoder layers' weights out over `mesh`: over its last dimension, with copies along a first one.
 

@@ -22,6 +22,7 @@ from graftlm.training.checkpoint import Checkpoint, load_checkpoint, newest_chec
 from graftlm.training.heldout import heldout_losses
 from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.saving import Saver
+from graftlm.training.saving_parts import PartSaver
 
 READINGS_BY_DEFAULT = 5
 
@@ -36,7 +37,7 @@ class HeldoutWatch:
         num_steps: int,
         folder: Path,
         metrics: Metrics,
-        saver: Saver,
+        saver: Saver | PartSaver,
         ranks: Ranks = ALONE,
     ) -> None:
         self.saver, self.ranks = saver, ranks
@@ -84,8 +85,7 @@ class HeldoutWatch:
         self.best_loss, self.readings_since_best = judged["bits_per_byte"], 0
         if self.stage.keep == "best" and (step > 0 or self._start_counts):
             best = Checkpoint({"weights": weights()}, {"step": step})
-            if self.ranks.is_first:
-                self.saver.save(step_folder(self.folder, step), best, num_kept=1)
+            self.saver.save(step_folder(self.folder, step), best, num_kept=1)
         return judged["loss_per_answer_token"]
 
     @property

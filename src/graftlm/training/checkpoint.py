@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and resume exactly.
 
-Owns the layout of a checkpoint folder: tensors as safetensors, plain values as JSON, and a manifest of sizes and
-sha256 written last. A checkpoint is built in a temporary folder, flushed, then renamed, so a process killed at
-any moment leaves the newest complete one intact. Does not know what the tensors mean.
+Owns the layout of a checkpoint folder: tensors as safetensors (one file a group, or parts as several ranks wrote them),
+plain values as JSON, and a manifest of sizes and sha256 written last. A checkpoint is built in a temporary folder,
+flushed, then renamed, so a process killed at any moment leaves the newest complete one intact. Does not know what the
+tensors mean.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from graftlm.errors import DiskError, UserError
 from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
+from graftlm.training.part_files import GROUP_END, PREFIX, names_in_parts, read_parts
 
 MANIFEST, VALUES = "manifest.json", "values.json"
 BEFORE = ".before"  # ends the name of one whose place another is about to take
@@ -42,10 +44,38 @@ class Checkpoint:
         return sum(tensor.nbytes for group in self.tensors.values() for tensor in group.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint on disk, each of its files as its manifest says; its tensors, by `groups`, are not read yet."""
+
+    folder: Path
+    values: dict[str, Any]
+    groups: tuple[str, ...]
+    is_in_parts: bool
+
+    def tensors(self, group: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of its groups, whole."""
+        if not self.is_in_parts:
+            return load_file(self.folder / f"{group}.safetensors")
+        return read_parts(self.folder, group, lambda _, whole: torch.empty_like(whole, device="cpu"))
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` as `folder`, replacing an older one of that name. Raises DiskError; the old one stays."""
-    needed = checkpoint.num_bytes
-    temporary, before = folder.with_name(f".{folder.name}.{os.getpid()}"), folder.with_name(f".{folder.name}{BEFORE}")
+    temporary = place_to_build(folder, checkpoint.num_bytes)
+    with disk_errors(folder.parent):
+        try:
+            _write(temporary, checkpoint)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _take_place(temporary, folder)
+
+
+def place_to_build(folder: Path, needed: int) -> Path:
+    """A new empty folder beside `folder`, where a checkpoint of `needed` bytes is to be built; what a kill left there
+    is cleared away. Raises DiskError."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     with disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for stale in folder.parent.glob(".*.*"):
@@ -56,35 +86,58 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
                 f"A checkpoint needs {needed:,} bytes below {folder.parent} and {free:,} are free.",
                 "Free space and run the same command again: the last checkpoint is intact.",
             )
-        try:
-            _write(temporary, checkpoint)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if folder.exists():
-            folder.rename(before)  # and not removed: it may be the only whole one
-        temporary.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, folder: Path, values: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Make a checkpoint of the flushed files in `temporary`, whose `facts` (sizes and hashes) are known by name.
+
+    Raises DiskError; an older one named `folder` then stays.
+    """
+    with disk_errors(folder.parent):
+        _seal(temporary, values, facts)
+        _take_place(temporary, folder)
 
 
 def _write(temporary: Path, checkpoint: Checkpoint) -> None:
-    temporary.mkdir()
+    files = []
     for name, group in checkpoint.tensors.items():
+        files.append(temporary / f"{name}.safetensors")
         with system_errors():
-            save_file(
-                {key: tensor.cpu().contiguous() for key, tensor in group.items()}, temporary / f"{name}.safetensors"
-            )
-    (temporary / VALUES).write_text(json.dumps(checkpoint.values), encoding="utf-8")
-    manifest = {file.name: _facts(file) for file in sorted(temporary.iterdir())}
+            save_file({key: tensor.cpu().contiguous() for key, tensor in group.items()}, files[-1])
+    _seal(temporary, checkpoint.values, flushed(files))
+
+
+def _seal(temporary: Path, values: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write plain values, and last the manifest of all."""
+    (temporary / VALUES).write_text(json.dumps(values), encoding="utf-8")
+    manifest = dict(sorted({**facts, **flushed([temporary / VALUES])}.items()))
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in temporary.iterdir():
-        _flush(file)
+    _flush(temporary / MANIFEST)
     _flush(temporary)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint after checking every file against its manifest. Raises UserError naming the bad file."""
+def _take_place(temporary: Path, folder: Path) -> None:
+    before = folder.with_name(f".{folder.name}{BEFORE}")
+    if folder.exists():
+        folder.rename(before)  # and not removed: it may be the only whole one
+    temporary.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def flushed(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and hash by name of files that lie safely on disk once this returns."""
+    facts = {}
+    for file in files:
+        facts[file.name] = _facts(file)
+        _flush(file)
+    return facts
+
+
+def stored_checkpoint(folder: Path) -> Stored:
+    """A checkpoint whose every file was checked against its manifest. Raises UserError naming the bad file."""
     manifest = read_json(folder / MANIFEST)
     for name, facts in manifest.items():
         file = folder / name
@@ -95,8 +148,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 f"{file} does not match its manifest: it is damaged.",
                 f"Delete {folder}; the checkpoint before it is used then.",
             )
-    tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
-    return Checkpoint(tensors, read_json(folder / VALUES))
+    files = {name for name in manifest if name.endswith(".safetensors")}
+    added = sorted({file.name for file in folder.glob("*.safetensors")} - files)
+    if added:  # parts are found by looking into every such file of the folder
+        raise UserError(f"{folder / added[0]} is not in the checkpoint's manifest.", f"Move it out of {folder}.")
+    is_in_parts = any(name.startswith(PREFIX) for name in files)
+    names = names_in_parts(folder) if is_in_parts else [Path(name).stem for name in files]
+    groups = sorted({name.partition(GROUP_END)[0] for name in names})
+    return Stored(folder, read_json(folder / VALUES), tuple(groups), is_in_parts)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint, in parts or not, after checking every file. Raises UserError naming the bad file."""
+    stored = stored_checkpoint(folder)
+    return Checkpoint({group: stored.tensors(group) for group in stored.groups}, stored.values)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -127,13 +192,13 @@ def precision_begun_in(checkpoints: Path) -> str | None:
     return None
 
 
-def newest_good_weights(checkpoints: Path) -> Checkpoint | None:
+def newest_good_weights(checkpoints: Path) -> Stored | None:
     """The weights of the newest state to roll back to, and nothing else of it; None when there is none."""
     good = good_checkpoints(checkpoints)
-    return Checkpoint({"weights": load_checkpoint(good[-1]).tensors["weights"]}, {}) if good else None
+    return replace(stored_checkpoint(good[-1]), values={}, groups=("weights",)) if good else None
 
 
-def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoint | None:
+def newest_stored(checkpoints: Path, groups: Sequence[str]) -> Stored | None:
     """The newest checkpoint that is whole and holds `groups`; None when there is none at all.
 
     Damaged ones are told of and, once an older one has taken their place, deleted. Raises UserError when every
@@ -144,8 +209,8 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
     problem: UserError | None = None
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         try:
-            checkpoint = load_checkpoint(folder)
-            lacking = [name for name in groups if name not in checkpoint.tensors]
+            stored = stored_checkpoint(folder)
+            lacking = [name for name in groups if name not in stored.groups]
             if lacking:
                 raise UserError(f"Checkpoint {folder} lacks {lacking[0]}.safetensors.", "Use an older one.")
         except UserError as error:
@@ -155,7 +220,7 @@ def load_newest_checkpoint(checkpoints: Path, groups: Sequence[str]) -> Checkpoi
             continue
         for bad in damaged:
             shutil.rmtree(bad, ignore_errors=True)
-        return checkpoint
+        return stored
     if problem is None:
         return None
     raise UserError(

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from graftlm.device import gradient_norms
-from graftlm.model.sharded import is_shared_out, own_part, part_of, whole_of
+from graftlm.model.sharded import as_cut, is_shared_out, on_host, own_part, part_of, whole_of
 from graftlm.training.ranks import Ranks
 from graftlm.training.trainable import learning_roles, trainable_parameters
 
@@ -24,12 +26,13 @@ from graftlm.training.trainable import learning_roles, trainable_parameters
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What learns, by name and by role, as this rank holds it; `shared_out` are those of them that the model holds in
-    parts, as it holds them."""
+    parts, as it holds them. `host_mesh`: over whom they are, for tensors on the CPU."""
 
     by_name: dict[str, Parameter]
     roles: dict[str, list[Parameter]]
     shared_out: dict[str, Parameter]
     ranks: Ranks
+    host_mesh: DeviceMesh | None = None
 
     @property
     def lying_whole(self) -> list[Parameter]:
@@ -91,6 +94,33 @@ class Parts:
                 found[key] = whole.detach().to("cpu", copy=like is None)
         return found
 
+    def to_write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors that every rank holds, whole or its part, those that this rank is to write, where they lie: each
+        once among all ranks, and about as many bytes a rank. Every rank knows it for itself."""
+        count, width = self.ranks.count, self.ranks.num_parts
+        held, found = [0] * count, {}
+        for key, tensor in sorted(tensors.items()):
+            like = self._like(key, tensor)
+            num_bytes = tensor.nbytes if like is None else math.prod(like.shape) * tensor.element_size() // width
+            size = 1 if like is None else width  # of parts, all ranks of one copy write theirs
+            first = min(range(0, count, size), key=lambda rank: held[rank])
+            for rank in range(first, first + size):
+                held[rank] += num_bytes
+            if first <= self.ranks.rank < first + size:
+                found[key] = tensor.detach()
+        return found
+
+    def laid_out(self, key: str, part: Tensor) -> Tensor:
+        """What this rank holds of `key`, on the CPU: told where in the whole it lies, if it is a part."""
+        like = self._like(key, part)
+        return part if like is None or self.host_mesh is None else as_cut(part.cpu(), like, self.host_mesh)
+
+    def room_for(self, key: str, whole: Tensor) -> Tensor:
+        """Memory on the CPU for what this rank holds of `key`, laid out; `whole` says its dtype and its whole shape."""
+        like = self._like(key, whole)
+        shape = whole.shape if like is None else self.by_name[key.partition("|")[0]].shape
+        return self.laid_out(key, torch.empty(shape, dtype=whole.dtype))
+
     def refuse_different(self, what: str) -> None:
         """Stop where ranks hold other bits of what they should hold alike. Raises RuntimeError, RankLost."""
         self.ranks.refuse_different(self.lying_whole, what)
@@ -108,7 +138,7 @@ def parts_of(model: Any, ranks: Ranks) -> Parts:
     by_name = {name: Parameter(own_part(p)) if name in shared_out else p for name, p in learning.items()}
     names = {id(p): name for name, p in learning.items()}
     roles = {role: [by_name[names[id(p)]] for p in members] for role, members in learning_roles(model).items()}
-    return Parts(by_name, roles, shared_out, ranks)
+    return Parts(by_name, roles, shared_out, ranks, None if ranks.mesh is None else on_host(ranks.mesh))
 
 
 def num_held_bytes(tensors: Iterable[Tensor]) -> int:

@@ -25,7 +25,7 @@ from graftlm.health.rates import RateCuts, hottest_first, rate_cuts_of
 from graftlm.health.watch import LossWatch
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, say
-from graftlm.training.checkpoint import Checkpoint, good_checkpoints, load_checkpoint, whole_checkpoints
+from graftlm.training.checkpoint import Stored, good_checkpoints, stored_checkpoint, whole_checkpoints
 from graftlm.training.loop import StepRecord
 from graftlm.training.replay import SkippedStep
 
@@ -133,7 +133,7 @@ class Recovery:
             raise Trouble(text)
         say(f"{self.stage.name}: {text}; advice: roll back and cut the rate (recovery: automatic does it)")
 
-    def roll_back(self, why: str, step: int, checkpoints: Path) -> Checkpoint:
+    def roll_back(self, why: str, step: int, checkpoints: Path) -> Stored:
         """The last good state, and the rate cut; what came after it is removed and the intervention written down.
 
         Where trouble came again from a state gone back to, that state was no good: the one before it is taken, and the
@@ -148,7 +148,7 @@ class Recovery:
         if is_state_bad:
             candidates.pop()
         good = candidates[-1]
-        saved = load_checkpoint(good)
+        saved = stored_checkpoint(good)
         for later in (folder for folder in whole_checkpoints(checkpoints) if folder.name > good.name):
             shutil.rmtree(later, ignore_errors=True)
         before, number = self.rates, self.num_rollbacks + 1

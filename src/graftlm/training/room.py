@@ -24,6 +24,7 @@ from graftlm.model.shapes import Shape, shape_of
 from graftlm.recipe import Lora, Stage
 from graftlm.text.rows import TokenRows
 from graftlm.training.batches import Steps, common_prefix
+from graftlm.training.part_files import FILE_BYTES
 from graftlm.training.ranks import ALONE, Ranks
 
 SURE = 1.1
@@ -92,18 +93,28 @@ def memory_finding(
 
 
 def holds_copy(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, ranks: Ranks = ALONE
+    model: Any,
+    stage: Stage,
+    steps: Steps,
+    precision: Precision,
+    first_new_id: int | None,
+    ranks: Ranks = ALONE,
+    num_savers: int = 1,
 ) -> bool:
-    """Whether a checkpoint's tensors fit into the host's memory a second time, beside a prepared stage at its peak.
+    """Whether what this rank saves of a checkpoint, as one of `num_savers`, fits into the host's memory a second time,
+    beside a prepared stage at its peak.
 
     No where the system does not say how much there is.
     """
     _, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
+    copy_bytes = size.checkpoint_bytes // num_savers
+    if num_savers > 1:
+        copy_bytes += 2 * min(copy_bytes, FILE_BYTES)  # a file is made in memory, tensor by tensor and then as one
     if precision.device.type == "cuda":
-        free = available_memory_bytes()
-        return free is not None and free > SURE * size.checkpoint_bytes
+        free, num_here = available_memory_bytes(), ranks.local_count if num_savers > 1 else 1
+        return free is not None and free > SURE * num_here * copy_bytes
     there = memory_here_bytes(precision.device, ranks.local_count)
-    needed = with_overhead(_peak(size, ranks), device_here(precision.device)) + size.checkpoint_bytes
+    needed = with_overhead(_peak(size, ranks), device_here(precision.device)) + copy_bytes
     return there is not None and there > SURE * needed
 
 

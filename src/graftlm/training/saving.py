@@ -1,7 +1,8 @@
 """Saving beside training: a step copies what must be kept, and a thread writes it while the next steps are taken.
 
 Owns the copy, the one write in flight, its error, and what a save took. A checkpoint's files and pruning are
-`checkpoint.py`'s; when to save is the stage's. Without a copy the step itself writes: the same bytes, and it waits.
+`checkpoint.py`'s; when to save is the stage's; where each of several ranks writes its part, see `saving_parts.py`.
+Without a copy the step itself writes: the same bytes, and it waits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import copy
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,35 +22,48 @@ from torch import Tensor
 from graftlm.errors import UserError
 from graftlm.run import Metrics, say
 from graftlm.training.checkpoint import KEPT, Checkpoint, prune_checkpoints, save_checkpoint
+from graftlm.training.parts import Parts
 
 EVENT = "saved"
 
 
+class Job:
+    """Work done beside training, or at once: what it gave, or the error, is kept for whoever waits."""
+
+    def __init__(self, name: str, do: Callable[[], Any]) -> None:
+        self._do = do
+        self.given: Any = None
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        # A wish to stop at once, uttered twice, does not wait for it: a checkpoint is whole or absent.
+        self.thread = threading.Thread(target=self.work, daemon=True, name=name)
+
+    def work(self) -> None:
+        """Do it here and now."""
+        began = time.perf_counter()
+        try:
+            self.given = self._do()
+        except BaseException as error:
+            self.error = error
+        self.seconds = time.perf_counter() - began
+
+
 @dataclass(slots=True)
 class _Write:
-    """One save: what is written where, and how it went."""
+    """One save: what is written where, and how it goes."""
 
     folder: Path
     checkpoint: Checkpoint
     num_kept: int
     waited_seconds: float = 0.0
-    written_seconds: float = 0.0
-    error: BaseException | None = None
-    thread: threading.Thread = field(init=False)
+    job: Job = field(init=False)
 
     def __post_init__(self) -> None:
-        # A wish to stop at once, uttered twice, does not wait for it: a checkpoint is whole or absent.
-        self.thread = threading.Thread(target=self.work, daemon=True, name=f"writing {self.folder.name}")
+        self.job = Job(f"writing {self.folder.name}", self._write)
 
-    def work(self) -> None:
-        """Write, then remove what is old; an error is kept for whoever waits."""
-        began = time.perf_counter()
-        try:
-            save_checkpoint(self.folder, self.checkpoint)
-            prune_checkpoints(self.folder.parent, self.num_kept)
-        except BaseException as error:
-            self.error = error
-        self.written_seconds = time.perf_counter() - began
+    def _write(self) -> None:
+        save_checkpoint(self.folder, self.checkpoint)
+        prune_checkpoints(self.folder.parent, self.num_kept)
 
     def line(self) -> dict[str, Any]:
         """What it took, for the metrics."""
@@ -58,41 +72,75 @@ class _Write:
             "what": self.folder.parent.name,
             "num_bytes": self.checkpoint.num_bytes,
             "waited_seconds": self.waited_seconds,
-            "written_seconds": self.written_seconds,
+            "written_seconds": self.job.seconds,
         }
+
+
+class HostMemory:
+    """The copy of what is being saved: memory taken once, and used again by the next save."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def copied(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint in memory of its own, its values too."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for group, found in checkpoint.tensors.items():
+            held = self._held.setdefault(group, {})
+            for name, tensor in found.items():
+                if name not in held or held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
+                    held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                held[name].copy_(tensor)
+            tensors[group] = {name: held[name] for name in found}
+        return Checkpoint(tensors, copy.deepcopy(checkpoint.values))
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._held.clear()
 
 
 class Saver:
     """Saves the states of one stage, one after another: `in_background` from a copy, otherwise within the step.
 
-    `copies` is false where what is given is memory of its own, made for the save alone.
+    `copies` is false where what is given is memory of its own, made for the save alone. `is_writer` is false on ranks
+    that only help to put together what another saves.
     """
 
-    def __init__(self, metrics: Metrics, in_background: bool, copies: bool = True) -> None:
-        self.metrics, self.in_background, self.copies = metrics, in_background, copies
-        self._memory: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, metrics: Metrics, in_background: bool, copies: bool = True, is_writer: bool = True) -> None:
+        self.metrics, self.in_background, self.copies, self.is_writer = metrics, in_background, copies, is_writer
+        self._memory = HostMemory()
         self._in_flight: _Write | None = None
+
+    def taken(self, parts: Parts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is to be saved of tensors that all ranks hold: whole. All ranks call it together. Raises the error of
+        the save before."""
+        if not self.copies:
+            self.wait()  # its memory comes free before more is made
+        return parts.wholes(tensors)
 
     def save(self, folder: Path, checkpoint: Checkpoint, num_kept: int = KEPT) -> None:
         """Save `checkpoint` as `folder`, and keep `num_kept` like it; the save before it is waited for.
 
         Training may change its tensors once this returns. Raises DiskError of the save before it, or of this one.
         """
+        if not self.is_writer:
+            return
         self.wait()
         began = time.perf_counter()
         if self.in_background:
-            held = self._copied(checkpoint) if self.copies else checkpoint
+            held = self._memory.copied(checkpoint) if self.copies else checkpoint
             self._in_flight = write = _Write(folder, held, num_kept)
             write.waited_seconds = time.perf_counter() - began
-            write.thread.start()
+            write.job.thread.start()
             return
         write = _Write(folder, checkpoint, num_kept)
-        write.work()
+        write.job.work()
         self._told(write, began)
 
     def look(self) -> None:
         """Note a save that has ended meanwhile. Raises its error."""
-        if self._in_flight is not None and not self._in_flight.thread.is_alive():
+        if self._in_flight is not None and not self._in_flight.job.thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
@@ -100,13 +148,8 @@ class Saver:
         write, self._in_flight = self._in_flight, None
         if write is not None:
             began = time.perf_counter()
-            write.thread.join()
+            write.job.thread.join()
             self._told(write, began)
-
-    def wait_for_room(self) -> None:
-        """Before memory is made for a save: until that of the one before it is free. Raises its error."""
-        if not self.copies:
-            self.wait()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
@@ -128,22 +171,9 @@ class Saver:
 
     def _told(self, write: _Write, began: float) -> None:
         write.waited_seconds += time.perf_counter() - began
-        if write.error is not None:
-            raise write.error
+        if write.job.error is not None:
+            raise write.job.error
         self.metrics.append(EVENT, **write.line())
-
-    @torch.no_grad()
-    def _copied(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint in memory of its own, which is taken once and used again by the next."""
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for group, found in checkpoint.tensors.items():
-            held = self._memory.setdefault(group, {})
-            for name, tensor in found.items():
-                if name not in held or held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
-                    held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-                held[name].copy_(tensor)
-            tensors[group] = {name: held[name] for name in found}
-        return Checkpoint(tensors, copy.deepcopy(checkpoint.values))
 
 
 def facts_of_saves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

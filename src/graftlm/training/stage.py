@@ -37,9 +37,10 @@ from graftlm.training.before import BeforeFirstStep
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
     Checkpoint,
+    Stored,
     load_checkpoint,
-    load_newest_checkpoint,
     newest_good_weights,
+    newest_stored,
     precision_begun_in,
     save_checkpoint,
     step_folder,
@@ -55,7 +56,8 @@ from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
 from graftlm.training.replay import SkippedStep, replay
 from graftlm.training.room import holds_copy
-from graftlm.training.saving import Saver, facts_of_saves
+from graftlm.training.saving import facts_of_saves
+from graftlm.training.saving_parts import PartSaver, make_saver
 from graftlm.training.show import steps_shown
 from graftlm.training.stopping import StopAsked
 from graftlm.training.together import checkpoint_from_first, gravest
@@ -124,9 +126,10 @@ class StageRun:
         num_steps = self.steps.num_steps
         self.step = self.num_updates = 0
         self.ranks.draw_apart(self.stage.seed, self.step)
-        in_hand = (self.model, stage, self.steps, self.precision, first_new_id)
-        # What ranks put together to be saved is memory of its own already.
-        self.saver = Saver(self.metrics, saves_beside and holds_copy(*in_hand, ranks), ranks.mesh is None)
+        in_hand = (self.model, stage, self.steps, self.precision, first_new_id, ranks)
+        self.saver = make_saver(
+            self.metrics, self.parts, folder, lambda num_savers: saves_beside and holds_copy(*in_hand, num_savers)
+        )
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, self.saver, ranks)
         self.recorder = Recorder(self.parts.recorded, self.parts.mean)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
@@ -134,7 +137,7 @@ class StageRun:
         self.stop = StopAsked()
 
     def state(self) -> Checkpoint:
-        """All that the next step depends on: on rank 0; the others, which must call it too, hold less of it."""
+        """All that the next step depends on, as far as this rank saves it; all ranks must call it together."""
         values = {
             "step": self.step,
             "num_updates": self.num_updates,
@@ -147,14 +150,14 @@ class StageRun:
         }
         tensors = {
             "weights": self._weights(),
-            "optimizer": self.parts.wholes(self.engine.moments()),
-            "random": random_states(),
+            "optimizer": self.saver.taken(self.parts, self.engine.moments()),
+            "random": random_states() if self.ranks.is_first else {},
         }
         return Checkpoint(tensors, values)
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there was one. Raises UserError."""
-        saved = self._from_first(lambda: load_newest_checkpoint(self.checkpoints, STATE_GROUPS))
+        saved = self._from_first(lambda: newest_stored(self.checkpoints, STATE_GROUPS))
         if saved is None:
             self.metrics.cut_after(-1)
             return False
@@ -322,11 +325,10 @@ class StageRun:
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        self.saver.wait_for_room()
-        return self.parts.wholes(self.parts.by_name)
+        return self.saver.taken(self.parts, self.parts.by_name)
 
-    def _from_first(self, load: Callable[[], Checkpoint | None]) -> Checkpoint | None:
-        return checkpoint_from_first(self.ranks, load, self.parts.part)
+    def _from_first(self, find: Callable[[], Stored | None]) -> Checkpoint | None:
+        return checkpoint_from_first(self.parts, find, isinstance(self.saver, PartSaver))
 
     def _begun_in(self) -> str | None:
         """The precision a stage that continues was begun in, where it must be known before it is prepared for good."""
@@ -360,9 +362,7 @@ class StageRun:
 
     def _save(self) -> None:
         self.parts.refuse_different("The weights")
-        state = self.state()
-        if self.ranks.is_first:
-            self.saver.save(step_folder(self.checkpoints, self.step), state)
+        self.saver.save(step_folder(self.checkpoints, self.step), self.state())
 
     def _stop_if_asked(self, record: StepRecord) -> None:
         if not self.ranks.any(self.stop.is_asked):
@@ -378,7 +378,7 @@ class StageRun:
         self.parts.refuse_different("The trained weights")
         self.saver.wait()
         kept = self.watch.best() if self.ranks.is_first else None
-        last = self._weights() if self.ranks.from_first(lambda: kept is None) else {}
+        last = self.parts.wholes(self.parts.by_name) if self.ranks.from_first(lambda: kept is None) else {}
         if not self.ranks.is_first:
             return
         if kept is not None and kept.values["step"] == 0:

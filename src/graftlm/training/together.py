@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from graftlm.health.incident import Class, Incident
-from graftlm.training.checkpoint import Checkpoint
+from graftlm.model.sharded import own_part
+from graftlm.training.checkpoint import Checkpoint, Stored
+from graftlm.training.part_files import read_parts
+from graftlm.training.parts import Parts
 from graftlm.training.ranks import Ranks
 
 # What a step was, over all ranks, is the gravest of what each found in its own rows. A rank that saw nothing says the
@@ -24,28 +28,36 @@ GRAVEST: tuple[Class, ...] = (
 )  # fmt: skip
 
 
-def checkpoint_from_first(
-    ranks: Ranks, load: Callable[[], Checkpoint | None], keep: Callable[[str, Tensor], Tensor]
-) -> Checkpoint | None:
-    """What rank 0 loads, on every rank: no other needs its disk. `keep` says what of a tensor this rank holds on to.
+def checkpoint_from_first(parts: Parts, find: Callable[[], Stored | None], is_disk_shared: bool) -> Checkpoint | None:
+    """What rank 0 finds, on every rank, which holds on to its parts alone.
 
-    Raises what `load` raises, on every rank; RankLost.
+    One in parts each rank reads for itself, where its layers are cut too and the disk is that of all; of any other,
+    rank 0 reads group by group and hands it out. Raises what `find` raises, on every rank; RankLost.
     """
-    loaded: list[Checkpoint | None] = []
+    ranks = parts.ranks
+    found: list[Stored | None] = []
 
     def told() -> dict[str, Any] | None:
-        loaded.append(load())
-        found = loaded[0]
-        return None if found is None else {"values": found.values, "groups": list(found.tensors)}
+        found.append(find())
+        return None if found[0] is None else {**asdict(found[0]), "folder": str(found[0].folder)}
 
     message = ranks.from_first(told)
-    if ranks.is_alone:
-        return loaded[0]
     if message is None:
         return None
-    own = loaded[0].tensors if loaded and loaded[0] is not None else {}
-    tensors = {group: ranks.tensors_from_first(own.pop(group, None), keep) for group in message["groups"]}
-    return Checkpoint(tensors, message["values"])
+    stored = Stored(Path(message["folder"]), message["values"], tuple(message["groups"]), message["is_in_parts"])
+    if is_disk_shared and stored.is_in_parts:
+        tensors = {group: _own(parts, stored, group) for group in stored.groups}
+    else:
+        tensors = {
+            group: ranks.tensors_from_first(stored.tensors(group) if ranks.is_first else None, parts.part)
+            for group in stored.groups
+        }
+    return Checkpoint(tensors, stored.values)
+
+
+def _own(parts: Parts, stored: Stored, group: str) -> dict[str, Tensor]:
+    """What this rank holds of a group, from all ranks' files."""
+    return {name: own_part(part) for name, part in read_parts(stored.folder, group, parts.room_for).items()}
 
 
 def gravest(ranks: Ranks, own: Incident) -> Incident:
