@@ -21,8 +21,9 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageWriter,
 )
 
-FILE_BYTES = 2**30
-"""A part is written as files of about so much: the writer makes a file's bytes in memory before it writes them."""
+FILE_BYTES = 2**28
+"""A part is written as files of about so much, or of one larger tensor: the writer first makes a file's bytes in memory,
+twice over."""
 PREFIX = "shard-"  # begins the names the writer gives its files
 GROUP_END = "/"  # between a tensor's group and its name
 

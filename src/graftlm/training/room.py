@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graftlm.device import Precision, available_memory_bytes, memory_here_bytes
-from graftlm.health.activations import Learns
+from graftlm.health.activations import WIDE, Learns
 from graftlm.health.devices import device_here
 from graftlm.health.finding import Finding
 from graftlm.health.memory import GIB, Moment, StageSize, peak
@@ -109,7 +109,8 @@ def holds_copy(
     _, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
     copy_bytes = size.checkpoint_bytes // num_savers
     if num_savers > 1:
-        copy_bytes += 2 * min(copy_bytes, FILE_BYTES)  # a file is made in memory, tensor by tensor and then as one
+        largest = size.shape.num_rows * size.shape.hidden_size * WIDE
+        copy_bytes += 2 * min(copy_bytes, max(largest, FILE_BYTES))  # a file is made in memory, twice over
     if precision.device.type == "cuda":
         free, num_here = available_memory_bytes(), ranks.local_count if num_savers > 1 else 1
         return free is not None and free > SURE * num_here * copy_bytes

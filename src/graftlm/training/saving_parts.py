@@ -36,6 +36,7 @@ class _PartWrite:
     checkpoint: Checkpoint
     num_kept: int
     temporary: Path
+    num_bytes: int
     writing: Job = field(init=False)
     publishing: Job | None = None
     waited_seconds: float = 0.0
@@ -64,10 +65,10 @@ class PartSaver:
         """
         self.wait()
         began = time.perf_counter()
-        (num_bytes,) = self.ranks.total(checkpoint.num_bytes)
-        name = self.ranks.from_first(lambda: place_to_build(folder, int(num_bytes)).name)
+        num_bytes = int(self.ranks.total(checkpoint.num_bytes)[0])
+        name = self.ranks.from_first(lambda: place_to_build(folder, num_bytes).name)
         held = self._memory.copied(checkpoint) if self.in_background else checkpoint
-        self._in_flight = write = _PartWrite(folder, held, num_kept, folder.with_name(name))
+        self._in_flight = write = _PartWrite(folder, held, num_kept, folder.with_name(name), num_bytes)
         write.writing = Job(f"writing a part of {folder.name}", lambda: self._write(write))
         if self.in_background:
             write.writing.thread.start()
@@ -171,7 +172,7 @@ class PartSaver:
             raise publishing.error
         self.metrics.append(
             EVENT, step=write.checkpoint.values["step"], what=write.folder.parent.name,
-            num_bytes=sum(write.part_bytes), part_bytes=write.part_bytes, waited_seconds=write.waited_seconds,
+            num_bytes=write.num_bytes, part_bytes=write.part_bytes, waited_seconds=write.waited_seconds,
             written_seconds=write.slowest_seconds + publishing.seconds,
         )  # fmt: skip
 
