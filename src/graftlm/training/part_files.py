@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import (
 )
 
 FILE_BYTES = 2**28
-"""A part is written as files of about so much, or of one larger tensor: the writer first makes a file's bytes in memory,
-twice over."""
+"""A part is written as files of about so much, or of one larger tensor: the writer first makes a file's bytes in
+memory, twice over."""
 PREFIX = "shard-"  # begins the names the writer gives its files
 GROUP_END = "/"  # between a tensor's group and its name
 

@@ -23,6 +23,7 @@ from graftlm.errors import UserError
 from graftlm.run import Metrics, say
 from graftlm.training.checkpoint import KEPT, Checkpoint, prune_checkpoints, save_checkpoint
 from graftlm.training.parts import Parts
+from graftlm.training.zero_parts import ZeroParts
 
 EVENT = "saved"
 
@@ -112,7 +113,7 @@ class Saver:
         self._memory = HostMemory()
         self._in_flight: _Write | None = None
 
-    def taken(self, parts: Parts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def taken(self, parts: Parts | ZeroParts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is to be saved of tensors that all ranks hold: whole. All ranks call it together. Raises the error of
         the save before."""
         if not self.copies:

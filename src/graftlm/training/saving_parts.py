@@ -26,6 +26,7 @@ from graftlm.training.part_files import write_part
 from graftlm.training.parts import Parts
 from graftlm.training.ranks import Ranks, error_of, told_of
 from graftlm.training.saving import EVENT, HostMemory, Job, Saver
+from graftlm.training.zero_parts import ZeroParts
 
 
 @dataclass(slots=True)
@@ -53,9 +54,10 @@ class PartSaver:
         self._memory = HostMemory()
         self._in_flight: _PartWrite | None = None
 
-    def taken(self, parts: Parts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def taken(self, parts: Parts | ZeroParts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this rank is to save of tensors that all ranks hold."""
-        return parts.to_write(tensors)
+        assert parts is self.parts
+        return self.parts.to_write(tensors)
 
     def save(self, folder: Path, checkpoint: Checkpoint, num_kept: int = KEPT) -> None:
         """Save the checkpoint whose part on this rank is `checkpoint` as `folder`, and keep `num_kept` like it.
@@ -182,13 +184,15 @@ def _publish(write: _PartWrite, facts: Mapping[str, Any]) -> None:
     prune_checkpoints(write.folder.parent, write.num_kept)
 
 
-def make_saver(metrics: Metrics, parts: Parts, folder: Path, holds_copy: Callable[[int], bool]) -> Saver | PartSaver:
+def make_saver(
+    metrics: Metrics, parts: Parts | ZeroParts, folder: Path, holds_copy: Callable[[int], bool]
+) -> Saver | PartSaver:
     """How a stage in `folder` saves: in parts where its layers are shared out over ranks that all see one disk.
 
     `holds_copy` says whether this rank's memory holds a copy of what one of so many ranks saves. Raises RankLost.
     """
     ranks = parts.ranks
-    if ranks.mesh is None:
+    if isinstance(parts, ZeroParts) or ranks.mesh is None:
         return Saver(metrics, holds_copy(1), is_writer=ranks.is_first)
     if not share_disk(ranks, folder):
         say(f"{folder} is not one folder for all ranks: rank 0 puts checkpoints together and writes them alone")

@@ -19,6 +19,7 @@ from graftlm.training.checkpoint import Checkpoint, Stored
 from graftlm.training.part_files import read_parts
 from graftlm.training.parts import Parts
 from graftlm.training.ranks import Ranks
+from graftlm.training.zero_parts import ZeroParts
 
 # What a step was, over all ranks, is the gravest of what each found in its own rows. A rank that saw nothing says the
 # same as one without labels, which is only told where none had any.
@@ -28,7 +29,9 @@ GRAVEST: tuple[Class, ...] = (
 )  # fmt: skip
 
 
-def checkpoint_from_first(parts: Parts, find: Callable[[], Stored | None], is_disk_shared: bool) -> Checkpoint | None:
+def checkpoint_from_first(
+    parts: Parts | ZeroParts, find: Callable[[], Stored | None], is_disk_shared: bool
+) -> Checkpoint | None:
     """What rank 0 finds, on every rank, which holds on to its parts alone.
 
     One in parts each rank reads for itself, where its layers are cut too and the disk is that of all; of any other,
@@ -45,7 +48,7 @@ def checkpoint_from_first(parts: Parts, find: Callable[[], Stored | None], is_di
     if message is None:
         return None
     stored = Stored(Path(message["folder"]), message["values"], tuple(message["groups"]), message["is_in_parts"])
-    if is_disk_shared and stored.is_in_parts:
+    if is_disk_shared and stored.is_in_parts and isinstance(parts, Parts):
         tensors = {group: _own(parts, stored, group) for group in stored.groups}
     else:
         tensors = {
