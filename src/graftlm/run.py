@@ -334,3 +334,15 @@ def _recipe_name_in(path: Path) -> str | None:
     content = read_json(path)
     recipe = content.get("recipe") if isinstance(content, dict) else None
     return recipe.get("name") if isinstance(recipe, dict) else None
+
+
+def is_in_use(folder: Path) -> bool | None:
+    """Whether a run is going on in `folder`; None where its lock does not tell (missing, of another machine's disk)."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False

@@ -27,6 +27,8 @@ from graftlm.health.finding import alarms
 from graftlm.health.logs import own_and_abandoned
 from graftlm.health.rates import RateCuts
 from graftlm.recipe_file import load_recipe
+from graftlm.release.autopsy_page import state_in_words
+from graftlm.run import RunFolder
 from graftlm.text.dialogue import Rendered
 from graftlm.text.rows import RowsBuilder
 from graftlm.text.rows_file import save_rows
@@ -266,6 +268,16 @@ def test_what_a_run_came_through_with_outweighs_what_pre_flight_would_take(tmp_p
     write_json(run / "recipe.json", asked)
     write_json(run / "4-lora" / "preflight.json", {"findings": [pushed], "look": {"lora_factor": 4.0}})
     assert autopsy(run).changes == ["stages.lora.groups.adapter.peak_lr=0.003"]
+
+
+def test_a_run_that_goes_on_is_told_from_one_that_was_killed(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [good(1, 50)])
+    (run / "4-lora" / "done.json").unlink(missing_ok=True)
+    assert autopsy(run).courses[0].is_running is None  # there is no lock
+    with RunFolder(run, "small"):
+        assert autopsy(run).courses[0].is_running
+        assert "it is running" in state_in_words(autopsy(run).courses[0])
+    assert "interrupted or killed" in state_in_words(autopsy(run).courses[0])
 
 
 def test_of_two_rates_the_lower_is_proposed(tmp_path: Path) -> None:

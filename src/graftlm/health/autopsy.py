@@ -18,7 +18,7 @@ from graftlm.health.course import SEVERITIES, VERDICTS, Course, Diagnosis, Names
 from graftlm.health.cures import Asked
 from graftlm.health.finding import Finding, Verdict
 from graftlm.health.logs import read_log, read_metrics_log
-from graftlm.run import DONE, RECIPE, read_json
+from graftlm.run import DONE, RECIPE, is_in_use, read_json
 from graftlm.text.rows import TokenRows
 from graftlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -208,6 +208,7 @@ def _courses(run: _Run) -> list[Course]:
 def _stage_course(folder: Path, run: _Run | None) -> Course:
     log = read_metrics_log(folder / METRICS)
     course = Course(folder.resolve().name, log, "unfinished")
+    course.is_running = is_in_use(run.folder) if run is not None else None
     if (folder / DONE).is_file():
         course.state = "finished"
     elif log.ending:

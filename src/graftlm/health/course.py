@@ -54,9 +54,10 @@ class Names:
 @dataclass(slots=True)
 class Course:
     """One stage as it went. `look` holds the numbers its pre-flight took, `asked` is None where no recipe is known;
-    `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder;
-    `is_in_trouble` tells of a stage that has not ended that what went wrong last was not over at its last step,
-    `is_old_lost` that held-out loss of the old language ended far above its start."""
+    `good_checkpoint` is the newest state kept that nothing spoke against, relative to the stage's folder; `is_running`
+    whether its run goes on now, where that is known; `is_in_trouble` tells of a stage that has not ended that what went
+    wrong last was not over at its last step, `is_old_lost` that held-out loss of the old language ended far above its
+    start."""
 
     name: str
     log: RunLog
@@ -66,6 +67,7 @@ class Course:
     asked: Asked | None = None
     good_checkpoint: str = ""
     verdict: Verdict = "healthy"
+    is_running: bool | None = None
     is_in_trouble: bool = False
     is_old_lost: bool = False
     diagnoses: list[Diagnosis] = field(default_factory=list)

@@ -83,8 +83,10 @@ def state_in_words(course: Course) -> str:
     steps = f"{course.log.last_step:,} step{'s' if course.log.last_step != 1 else ''}"
     if course.state == "stopped":
         return "refused before its first step" if course.is_refused else f"stopped at step {course.log.last_step:,}"
+    told = {True: "it is running", False: "interrupted or killed, and goes on with the same command"}
+    now = "running, interrupted or killed" if course.is_running is None else told[course.is_running]
     return {"finished": f"finished, {steps}", "log": f"{steps} logged"}.get(
-        course.state, f"not finished, {steps} so far: running, interrupted or killed"
+        course.state, f"not finished, {steps} so far: {now}"
     )
 
 
