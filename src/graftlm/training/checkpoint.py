@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from graftlm.errors import DiskError, UserError
 from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
-from graftlm.training.part_files import GROUP_END, PREFIX, names_in_parts, read_parts
+from graftlm.training.part_files import PREFIX, read_parts
 
 MANIFEST, VALUES = "manifest.json", "values.json"
+GROUPS = "groups"  # of values: the groups of tensors, of which one without tensors leaves no part
 BEFORE = ".before"  # ends the name of one whose place another is about to take
 KEPT = 2
 
@@ -153,9 +154,9 @@ def stored_checkpoint(folder: Path) -> Stored:
     if added:  # parts are found by looking into every such file of the folder
         raise UserError(f"{folder / added[0]} is not in the checkpoint's manifest.", f"Move it out of {folder}.")
     is_in_parts = any(name.startswith(PREFIX) for name in files)
-    names = names_in_parts(folder) if is_in_parts else [Path(name).stem for name in files]
-    groups = sorted({name.partition(GROUP_END)[0] for name in names})
-    return Stored(folder, read_json(folder / VALUES), tuple(groups), is_in_parts)
+    values = read_json(folder / VALUES)
+    groups = values.get(GROUPS, ()) if is_in_parts else [Path(name).stem for name in files]
+    return Stored(folder, values, tuple(sorted(groups)), is_in_parts)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import (
 )
 
 FILE_BYTES = 2**28
-"""A part is written as files of about so much, or of one larger tensor: the writer first makes a file's bytes in
-memory, twice over."""
+"""A part is written as files of about so much, or of one larger tensor: the writer makes a file's bytes in memory
+first, twice over."""
 PREFIX = "shard-"  # begins the names the writer gives its files
 GROUP_END = "/"  # between a tensor's group and its name
 
@@ -55,11 +55,6 @@ def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def names_in_parts(folder: Path) -> list[str]:
-    """GROUP/NAME of all tensors whose parts lie in `folder`."""
-    return list(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
-
-
 def read_parts(folder: Path, group: str, room_for: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     """The tensors of a group by name, in one order on every rank, from all the parts in `folder`.
 
@@ -73,6 +68,8 @@ def read_parts(folder: Path, group: str, room_for: Callable[[str, Tensor], Tenso
         told: Any = metadata.state_dict_metadata[key]
         whole = torch.empty(told.size, dtype=told.properties.dtype, device="meta")
         found[key] = room_for(key.partition(GROUP_END)[2], whole)
+    if not found:  # as moments before the first step
+        return {}
     planner.set_up_planner(found, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()

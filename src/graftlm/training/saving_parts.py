@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graftlm.errors import UserError
 from graftlm.run import Metrics, disk_errors, say
-from graftlm.training.checkpoint import KEPT, Checkpoint, flushed, place_to_build, prune_checkpoints, publish
+from graftlm.training.checkpoint import GROUPS, KEPT, Checkpoint, flushed, place_to_build, prune_checkpoints, publish
 from graftlm.training.part_files import write_part
 from graftlm.training.parts import Parts
 from graftlm.training.ranks import Ranks, error_of, told_of
@@ -180,7 +180,8 @@ class PartSaver:
 
 
 def _publish(write: _PartWrite, facts: Mapping[str, Any]) -> None:
-    publish(write.temporary, write.folder, write.checkpoint.values, facts)
+    values = {**write.checkpoint.values, GROUPS: sorted(write.checkpoint.tensors)}
+    publish(write.temporary, write.folder, values, facts)
     prune_checkpoints(write.folder.parent, write.num_kept)
 
 
