@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from graftlm.device import machine_name, use_all_cores
 from graftlm.errors import NumericalStop, UserError
-from graftlm.health.autopsy import autopsy
+from graftlm.health.autopsy import Autopsy, autopsy
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
@@ -67,27 +67,25 @@ def run_recipe(recipe: Recipe, folder: Path, relatives: Sequence[Path] = (), ran
         try:
             result = walk.take_all(orders)
         except NumericalStop as stop:
-            page = _leave_autopsy(folder)
-            raise NumericalStop(stop.problem, f"{stop.fix.rstrip('.')}. Page: {page}" if page else stop.fix) from None
-        result.health = _told_health(folder)
+            left = _leave_autopsy(folder)
+            fix = f"{stop.fix.rstrip('.')}. Page: {left[1]}" if left else stop.fix
+            raise NumericalStop(stop.problem, fix) from None
+        left = _leave_autopsy(folder)  # one that lay there is of an end that is none any more
+        if left and left[0].verdict != "healthy":
+            result.health = f"{left[0].verdict}: {left[0].told} {left[1]}"
         return result
 
 
-def _leave_autopsy(folder: Path) -> Path | None:
-    """Write health.json and autopsy.html into a run's folder; None where its training has nothing to tell, or the disk
-    no room for it: what stopped the run matters more."""
+def _leave_autopsy(folder: Path) -> tuple[Autopsy, Path] | None:
+    """Write health.json and autopsy.html into a run's folder: what was found, and the page. None where its training
+    has nothing to tell, or the disk no room for it: what stopped the run matters more."""
     try:
         found = autopsy(folder)
-        return write_autopsy(found, folder) if found.verdict != "healthy" or (folder / HEALTH).is_file() else None
+        if found.verdict == "healthy" and not (folder / HEALTH).is_file():
+            return None
+        return found, write_autopsy(found, folder)
     except UserError:
         return None
-
-
-def _told_health(folder: Path) -> str:
-    """How training went where an autopsy is left, or one that lay there is of an end that is none any more."""
-    page = _leave_autopsy(folder)
-    health = read_json(folder / HEALTH) if page else {"verdict": "healthy"}
-    return "" if health["verdict"] == "healthy" else f"{health['verdict']}: {health['told']} {page}"
 
 
 @dataclass(slots=True)

@@ -94,7 +94,7 @@ class LossScale(Section):
     DeepSpeed's (the card's) are initial 65536, growth_interval 100, hysteresis 2, floor 1e-10.
     """
 
-    initial: Annotated[Positive, Field(le=2**126)] = 65536.0
+    initial: Annotated[Positive, Field(le=2**126)] = 65536.0  # times a loss of some nats it must stay a float32
     growth_interval: Count = 2000
     hysteresis: Count = 1
     floor: Positive = 1e-4

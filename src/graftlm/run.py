@@ -258,6 +258,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def is_in_use(folder: Path) -> bool | None:
+    """Whether a run is going on in `folder`; None where its lock does not tell (missing, of another machine's disk)."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 class RunFolder:
     """One run on disk. Use as a context: it holds the folder's lock from entry to exit."""
 
@@ -334,15 +346,3 @@ def _recipe_name_in(path: Path) -> str | None:
     content = read_json(path)
     recipe = content.get("recipe") if isinstance(content, dict) else None
     return recipe.get("name") if isinstance(recipe, dict) else None
-
-
-def is_in_use(folder: Path) -> bool | None:
-    """Whether a run is going on in `folder`; None where its lock does not tell (missing, of another machine's disk)."""
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False

@@ -207,7 +207,8 @@ class _Ledger:
         """Of all positions. On a GPU: SDPA by group of rows, and over the shared prefix, which is a slice; what it is
         cut from stays, but where a cast copies the slice."""
         if self.compute.is_cpu:
-            return self._grouped(batch.num_tokens, batch.padded + batch.num_shared, batch.num_tokens)
+            self._grouped(batch.num_tokens, batch.padded + batch.num_shared, batch.num_tokens)
+            return
         shape, b = self.shape, self.compute.num_bytes
         queries, keys = shape.query_width, shape.kv_width
         self._attended(batch.padded, batch.keys)
@@ -216,15 +217,16 @@ class _Ledger:
             rotated = batch.num_shared if self.compute.is_mixed else batch.num_tokens
             self.add((rotated * (queries + keys) + batch.num_tokens * keys) * b)
             self.add(batch.num_shared * (queries * b + shape.num_heads * WIDE))
-        return self.add(batch.num_tokens * (INDEX + queries * b))
+        self.add(batch.num_tokens * (INDEX + queries * b))
 
     def labelled_attention(self, batch: MicroBatch) -> None:
         """The same for labelled positions' queries alone; keys and values of all."""
         if self.compute.is_cpu:
-            return self._grouped(batch.num_labels, batch.queries, batch.num_tokens)
+            self._grouped(batch.num_labels, batch.queries, batch.num_tokens)
+            return
         self._attended(batch.queries, batch.keys)
         self.add(batch.asked * self.compute.num_bytes)
-        return self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
+        self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
 
     def _grouped(self, queries: int, padded: int, keys: int) -> None:
         """`model/grouped.py`: queries and keys as they were rotated (float32), values as projected, log-sums, and the

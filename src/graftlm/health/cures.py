@@ -67,10 +67,10 @@ def recipe_lines(
         return _rates(asked, cuts)
     if cause == "adapter-push-high" and lora_factor:
         return (f"{asked.keys}.groups.adapter.peak_lr={REFERENCE_PUSH / lora_factor:.3g}",)
-    if cause == "rate-too-high" and (weight_rms or {}).get(where):
-        rate = f"{SHARE_OF_WEIGHTS * (weight_rms or {})[where]:.1g}"
-        own = f"groups.{where}.peak_lr" if asked.own_rates.get(where) else "peak_lr"
-        return (f"{asked.keys}.{own}={rate}",)
+    rms = (weight_rms or {}).get(where)
+    if cause == "rate-too-high" and rms:
+        knob = f"groups.{where}.peak_lr" if asked.own_rates.get(where) else "peak_lr"
+        return (f"{asked.keys}.{knob}={SHARE_OF_WEIGHTS * rms:.1g}",)
     if cause == "no-forward-headroom":
         return (f"{asked.keys}.precision=fp32",)
     if cause == "eps-underflow":

@@ -202,7 +202,7 @@ def _scale(look: Look) -> list[Finding]:
     role, bits = min(look.ceiling_bits.items(), key=lambda item: item[1], default=("", math.inf))
     if look.loss_floor is None or look.loss_initial is None:
         return []
-    beyond = f"gradients of {role} leave fp16's range above 2^{bits:.0f}" if role else ""
+    beyond = f"gradients of {role} leave fp16's range above 2^{bits:.0f}"
     num_halvings = math.log2(look.loss_initial) - bits
     if math.log2(look.loss_floor) > bits + FLOOR_BITS:
         return [

@@ -40,12 +40,13 @@ class PackedLayout:
     """Where each row of a packed micro-batch lies: its groups, its bounds, and positions that restart in every row.
 
     `groups` are attended at all positions, `labelled_groups` (those that have any) at the labelled ones. The first
-    `num_shared` tokens are the prefix all rows begin with; a row's own positions go on after them. `ends_at_N` are the
-    positions the last layer is computed at; None means all.
+    `num_shared` tokens are the prefix all rows begin with, attended as a row of its own (`front`, empty without one); a
+    row's own positions go on after them. `ends_at_N` are the positions the last layer is computed at; None means all.
     """
 
     groups: tuple[Piece, ...]
     labelled_groups: tuple[Piece, ...]
+    front: tuple[Piece, ...]
     bounds: Bounds
     positions_1T: torch.Tensor
     num_shared: int = 0
@@ -74,12 +75,13 @@ def make_layout(
             filled = lengths[row]
     places = [[(starts[row], lengths[row]) for row in group] for group in groups]
     pieces = [_pieces(group, device, num_shared, ends_at_N) for group in places]
+    front = (_pieces([(0, num_shared)], device, 0, None)[0],) if num_shared else ()
     own = [torch.arange(num_shared, num_shared + length) for length in lengths]
     positions = torch.cat([torch.arange(num_shared), *own]).to(device)
     bounds = make_bounds(lengths, num_shared, device)
     return PackedLayout(
-        tuple(whole for whole, _ in pieces), tuple(labelled for _, labelled in pieces if labelled is not None), bounds,
-        positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device),
+        tuple(whole for whole, _ in pieces), tuple(labelled for _, labelled in pieces if labelled is not None), front,
+        bounds, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device),
     )  # fmt: skip
 
 
@@ -128,12 +130,12 @@ def packed_attention(
     """
     del attention_mask
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
-    num_shared, kind = layout.num_shared, query_THD.device.type
+    kind = query_THD.device.type
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_THD.dtype
     if not dropout and runs_varlen(query_THD.device, computed, query_THD.shape[2]):
         query_THD, key_THD, value_THD = (x.to(computed) for x in (query_THD, key_THD, value_THD))
         return varlen_attention(query_THD, key_THD, value_THD, layout.bounds, scaling)[None], None
-    pieces = (*_front(num_shared, query_THD.device), *layout.groups)
+    pieces = (*layout.front, *layout.groups)
     return attend_in_groups(query_THD, key_THD, value_THD, pieces, scaling, dropout)[None], None
 
 
@@ -142,13 +144,6 @@ def labelled_attention(
 ) -> torch.Tensor:
     """What `packed_attention` gives at the positions `layout.ends_at_N`, (N, H, D)."""
     return attend_in_groups(query_NHD, key_THD, value_THD, layout.labelled_groups, scaling)
-
-
-def _front(num_shared: int, device: torch.device) -> list[Piece]:
-    """The shared prefix as a row of its own, where there is one."""
-    places = torch.arange(num_shared)[None]
-    row = Places.of(places, torch.ones_like(places, dtype=torch.bool), device)
-    return [Piece(row, row)] if num_shared else []
 
 
 def attend_packed(model: PreTrainedModel) -> None:
