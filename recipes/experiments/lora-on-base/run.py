@@ -12,7 +12,8 @@ of its own, sums in fp32 too. Arms:
   (at the mildest rate only: it breaks there);
 - `automatic`: the recipe's default: replay, rollback, rate cut, best weights kept.
 
-Orders: `lora` straight on the base, or `full-first`: half of the steps full-parameter at the card's rate before it.
+Orders: `lora` straight on the base, or `full-first`: the same LoRA stage, with half as many full-parameter steps at the
+card's rate before it (the card's order and shares: one epoch of full training, then two of LoRA).
 The other axes of the card's grid (rank, alpha, dropout, warm-up) are thinned to one changed value each, at a rate where
 the plain recipe breaks (`CHANGES`); seeds after the first are run there too, straight on the base.
 Held-out loss (nats per answer token, fp32) is written for each; `results.json` grows cell by cell, so that an
@@ -130,12 +131,12 @@ def cell(base: Path, rows: TokenRows, heldout: TokenRows, first_new_id: int, rec
             **knobs(arm, seed),
         }
         stages.insert(0, Stage.model_validate(full))
-    share = num_steps * recipe_stage.batch_rows // len(stages)
     try:
         for stage in stages:
             place = folder / stage.name
             place.mkdir(parents=True)
-            part = cut(rows, share)
+            steps = num_steps // 2 if stage.name == "full" else num_steps
+            part = cut(rows, steps * stage.batch_rows)
             model = train(model, stage, part, heldout, place, first_new_id, arm, is_native)
         losses = judged(model, heldout)
         found |= {"ending": "finished", "loss": losses.loss_per_target, "bits_per_byte": losses.bits_per_byte}
@@ -214,7 +215,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=120)
+    arguments.add_argument("--steps", type=int, default=120, help="of the LoRA stage")
     arguments.add_argument("--heldout", type=int, default=60, help="held-out rows read")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--native", action="store_true", help="fp16 products as the processor has them")
