@@ -58,7 +58,8 @@ def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
     assert "(31.7 GiB): does not fit\n" in out
     assert "not even one row fits" in out
     assert "sharded       predicted, over 8: 2" in out
-    assert out.count("data parallel predicted, over 8: ") == 1  # the stage that fits one device
+    assert out.count("  data parallel does not fit") == 1  # of two stages: the other fits one device
+    assert "the faster way of each stage" in out
     assert "with ranks.shard=full, predicted: full 2" in " ".join(out.split())
     assert "CUDA 12.6 build" in out
     assert "Try " not in out
@@ -123,11 +124,28 @@ def test_eight_v100_take_a_7b_whose_layers_are_shared_out(run: Run) -> None:
     assert (found["num_parts"], found["num_devices"], found["sharded"]) == (8, 16, None)
 
 
-def test_deepspeeds_share_is_not_predicted_and_that_is_told(run: Run) -> None:
-    code, out, err = run(CARD, "--on", "v100-32", "--gpus", "8", "ranks.shard=zero2", "--json")
-    found = json.loads(out)
-    assert (code, err, found["num_parts"]) == (0, "", 1)
-    assert "ranks.shard=zero2 is planned as none: DeepSpeed's share is not predicted" in found["assumptions"]
+def test_what_deepspeed_cuts_is_planned_and_full_sharding_cuts_more(run: Run) -> None:
+    """A 7B stage of full training over eight devices, by way of sharing."""
+    found = {}
+    for shard in ("none", "zero2", "zero3", "full"):
+        code, out, err = run(CARD, "--on", "h200", "--gpus", "8", f"ranks.shard={shard}", "--json")
+        assert (code, err) == (0, "")
+        found[shard] = json.loads(out)
+    full = {shard: plan["stages"][0] for shard, plan in found.items()}
+    moments = {shard: stage["items"]["Adam's moments fp32"] for shard, stage in full.items()}
+    assert moments["zero2"] == pytest.approx(moments["none"] / 8)
+    assert full["full"]["peak_gib"] < full["zero2"]["peak_gib"] < full["zero3"]["peak_gib"] < full["none"]["peak_gib"]
+    assert {shard: plan["share"] for shard, plan in found.items()} == {
+        "none": "whole", "zero2": "zero2", "zero3": "zero3", "full": "layers",
+    }  # fmt: skip
+    ways = {shard: plan["cluster"]["stages"][0] for shard, plan in found.items()}
+    assert [shard for shard, way in ways.items() if way["data_parallel"] is not None] == ["none"]
+    sent = {shard: (way["data_parallel"] or way["sharded"])["communication"] for shard, way in ways.items()}
+    # One micro-batch: a sum of gradients is a scatter and a gather; weights gathered twice make it half as much again.
+    assert sent["zero2"] == pytest.approx(sent["none"])
+    assert sent["zero3"] == pytest.approx(1.5 * sent["none"])
+    told = [hazard["evidence"] for hazard in found["zero2"]["hazards"] if hazard["cause"] == "sharded"]
+    assert told[0].startswith("DeepSpeed cuts gradients and moments over 8 ranks. Weights lie whole on each")
 
 
 def test_rows_of_the_recipes_files_are_counted_and_a_cpu_is_one_device(run: Run) -> None:

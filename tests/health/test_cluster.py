@@ -15,17 +15,20 @@ from graftlm.health.cluster import (
     communication_seconds,
     expected_hours,
     gather_seconds,
+    saving_seconds,
     slowest_rank,
     tree_seconds,
 )
+from graftlm.health.sharding import WHOLE, Share
 
 CLUSTER = Cluster(
     gpus=8, nodes=4, link_bytes=400e9, network_bytes=50e9, copy_bytes=10e9, disk_bytes=1e9, failures=0.001
 )
 LOAD = Load(
-    num_steps=1000, step_seconds=2.0, gradient_bytes=8e9, weight_bytes=4e9, checkpoint_bytes=30e9, num_micro_batches=3,
-    restart_seconds=600,
+    share=WHOLE, num_steps=1000, step_seconds=2.0, summed_bytes=8e9, scattered_bytes=0, weight_bytes=0,
+    checkpoint_bytes=30e9, largest_bytes=1e9, num_micro_batches=3, restart_seconds=600,
 )  # fmt: skip
+CUT = replace(LOAD, share=Share("layers", 32), summed_bytes=1e9, scattered_bytes=8e9, weight_bytes=4e9)
 
 
 def simulated_hours(
@@ -55,13 +58,28 @@ def simulated_hours(
 def test_a_ring_sends_what_the_formula_says() -> None:
     assert all_reduce_seconds(8e9, 4, 1e9) == pytest.approx(2 * 3 / 4 * 8)
     assert gather_seconds(8e9, 4, 1e9) == pytest.approx(3 / 4 * 8)
-    assert communication_seconds(CLUSTER, 8e9, 4e9, 3, is_sharded=False) == pytest.approx(2 * 31 / 32 * 8 / 50)
-    # three micro-batches: weights twice, gradients once, each 31/32 of it at the network's speed
-    assert communication_seconds(CLUSTER, 8e9, 4e9, 3, is_sharded=True) == pytest.approx(3 * 31 / 32 * 16 / 50)
+    assert communication_seconds(LOAD, CLUSTER) == pytest.approx(2 * 31 / 32 * 8 / 50)
+    # three micro-batches: weights twice, gradients once, each 31/32 of it at the network's speed, and what lies whole
+    assert communication_seconds(CUT, CLUSTER) == pytest.approx(31 / 32 * (3 * 16 + 2 * 1) / 50)
+    for share, num_bytes in ((Share("zero2", 32), 3 * 8 + 4), (Share("zero3", 32), 3 * 16)):
+        of_zero = replace(CUT, share=share, summed_bytes=0)
+        assert communication_seconds(of_zero, CLUSTER) == pytest.approx(31 / 32 * num_bytes / 50)
     assert [tree_seconds(8e9, n, 1e9) for n in (1, 2, 5, 1024)] == [0, 8, 24, 80]
+    # within each of four machines at their links' speed, then eight parts of 1 GB each through one machine's network
+    hybrid = communication_seconds(replace(CUT, share=Share("layers", 8)), CLUSTER)
+    assert hybrid == pytest.approx(2 * 31 / 32 * 1 / 50 + 7 / 8 * 3 * 16 / 400 + 3 * 2 * 3 / 4 * 8 / 50)
     one_machine, alone = replace(CLUSTER, nodes=1), replace(CLUSTER, nodes=1, gpus=1)
-    assert communication_seconds(one_machine, 8e9, 0, 1, is_sharded=False) == pytest.approx(2 * 7 / 8 * 8 / 400)
-    assert communication_seconds(alone, 8e9, 4e9, 3, is_sharded=True) == 0
+    assert communication_seconds(LOAD, one_machine) == pytest.approx(2 * 7 / 8 * 8 / 400)
+    assert communication_seconds(CUT, alone) == 0
+
+
+def test_a_checkpoint_in_parts_is_copied_by_all_ranks_and_written_by_all_machines() -> None:
+    assert saving_seconds(LOAD, CLUSTER) == (3, 30)
+    # a rank's 32nd part of 30 GB is less than the largest tensor, which one rank saves whole
+    assert saving_seconds(CUT, CLUSTER) == (pytest.approx(0.1), pytest.approx(7.5))
+    assert saving_seconds(replace(CUT, largest_bytes=0), CLUSTER)[0] == pytest.approx(30 / 32 / 10)
+    assert saving_seconds(replace(CUT, share=Share("zero3", 32)), CLUSTER) == (3, 30)
+    assert saving_seconds(CUT, replace(CLUSTER, checkpoint_seconds=6)) == (6, pytest.approx(7.5))
 
 
 def test_failures_come_as_often_as_there_are_devices() -> None:
@@ -91,23 +109,21 @@ def test_the_best_interval_is_where_the_formula_is_least(writing: float, mean: f
 
 
 def test_hours_are_the_sum_of_their_parts() -> None:
-    plain = cluster_hours(LOAD, CLUSTER, is_sharded=False)
+    plain = cluster_hours(LOAD, CLUSTER)
     assert plain.compute == pytest.approx(1000 * 2 / 3600)
     assert plain.communication == pytest.approx(1000 * 2 * 31 / 32 * 8 / 50 / 3600)
     assert plain.total == pytest.approx(plain.compute + plain.communication + plain.checkpoints + plain.failures)
-    calm = cluster_hours(LOAD, replace(CLUSTER, failures=0.0), is_sharded=False)
+    calm = cluster_hours(LOAD, replace(CLUSTER, failures=0.0))
     assert (calm.failures, calm.interval_steps) == (0, 0)
     assert calm.checkpoints == pytest.approx(3 / 3600)
-    often = cluster_hours(LOAD, replace(CLUSTER, checkpoint_every=10, checkpoint_seconds=6), is_sharded=False)
+    often = cluster_hours(LOAD, replace(CLUSTER, checkpoint_every=10, checkpoint_seconds=6))
     assert often.checkpoints == pytest.approx(100 * 6 / 3600)
     assert often.interval_steps == 10
-    slow = cluster_hours(LOAD, replace(CLUSTER, disk_bytes=1e8), is_sharded=False)  # 300 s until a checkpoint is there
+    slow = cluster_hours(LOAD, replace(CLUSTER, disk_bytes=1e8))  # 300 s until a checkpoint is there
     assert slow.failures > plain.failures
-    more = [cluster_hours(LOAD, replace(CLUSTER, nodes=nodes, failures=0.05), is_sharded=False) for nodes in (4, 32)]
+    more = [cluster_hours(LOAD, replace(CLUSTER, nodes=nodes, failures=0.05)) for nodes in (4, 32)]
     assert more[1].failures > more[0].failures > 0
-    lost = cluster_hours(
-        replace(LOAD, restart_seconds=1e7), replace(CLUSTER, nodes=128, failures=10.0), is_sharded=False
-    )
+    lost = cluster_hours(replace(LOAD, restart_seconds=1e7), replace(CLUSTER, nodes=128, failures=10.0))
     assert math.isinf(lost.total)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graftlm.health.devices import Device
     from graftlm.health.finding import Finding
     from graftlm.health.plan import StagePlan, StageWish
+    from graftlm.health.sharding import Share
     from graftlm.recipe import Recipe
 
 WIDTH = 110
@@ -60,35 +61,38 @@ def plan(
     from graftlm.cli.plan_inputs import wishes_of, with_tokens
     from graftlm.health.hazards import hazards_of
     from graftlm.health.plan import plan_stage
+    from graftlm.health.sharding import WHOLE
 
     device, num_devices = _device(loaded, on), gpus * nodes
     cluster = cluster_of(device, gpus, nodes, network, failures, checkpoint_seconds, checkpoint_every)
     wishes, told = wishes_of(loaded, out or Path("runs") / loaded.name)
     wishes = [with_tokens(wish, tokens) for wish in wishes] if tokens is not None else wishes
-    if loaded.ranks.shard.startswith("zero"):
-        told = [*told, f"ranks.shard={loaded.ranks.shard} is planned as none: DeepSpeed's share is not predicted"]
     if not device.is_cpu:
         _check_shares(wishes, num_devices)
-    num_parts = _num_parts(loaded, gpus, nodes) if not device.is_cpu else 1
-    plans = [plan_stage(wish, device, num_devices, num_parts) for wish in wishes]
-    found = _result(loaded, device, num_devices, plans, hazards_of(plans, device, num_devices), told)
-    found["cluster"] = None if cluster is None else cluster_result(plans, device, cluster)
+    share = WHOLE if device.is_cpu else _share(loaded, gpus, nodes)
+    plans = [plan_stage(wish, device, num_devices, share) for wish in wishes]
+    predicted = None if cluster is None else cluster_result(plans, device, cluster)
+    found = _result(loaded, device, num_devices, plans, hazards_of(plans, device, num_devices), told, predicted)
     if as_json:
         show(found, True)
     else:
-        predicted = cluster_told(found["cluster"]) if found["cluster"] else ()
-        print("\n".join(map(plain, [*_told(found), *predicted, *_next(found, recipe)])))
+        lines = [*_told(found), *(cluster_told(predicted) if predicted else ()), *_next(found, recipe)]
+        print("\n".join(map(plain, lines)))
 
 
-def _num_parts(recipe: Recipe, gpus: int, nodes: int) -> int:
-    """Into how many parts the layers are cut. Raises UserError where ranks.shard asks for what cannot be."""
+def _share(recipe: Recipe, gpus: int, nodes: int) -> Share:
+    """How stages lie on so many devices. Raises UserError where ranks.shard asks for what cannot be."""
+    from graftlm.health.sharding import WHOLE, Share
     from graftlm.training.joining import refuse_uneven_machines
     from graftlm.training.place import Place
 
-    if recipe.ranks.shard == "hybrid":
-        refuse_uneven_machines(Place(0, gpus * nodes, 0, gpus))
-        return gpus
-    return gpus * nodes if recipe.ranks.shard == "full" else 1
+    shard, num_devices = recipe.ranks.shard, gpus * nodes
+    if shard == "hybrid":
+        refuse_uneven_machines(Place(0, num_devices, 0, gpus))
+        return Share("layers", gpus)
+    if shard == "none" or num_devices == 1:
+        return WHOLE
+    return Share("layers" if shard == "full" else shard, num_devices)
 
 
 def _check_shares(wishes: Sequence[StageWish], num_devices: int) -> None:
@@ -115,20 +119,22 @@ def _device(recipe: Recipe, on: str | None) -> Device:
 
 def _result(
     recipe: Recipe, device: Device, num_devices: int, plans: list[StagePlan], hazards: list[Finding],
-    told: Sequence[str],
+    told: Sequence[str], cluster: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     from graftlm.health.disk import disk_gib, host_gib
     from graftlm.health.memory import GIB
 
     worst = max(plans, key=lambda plan: plan.peak_bytes)
     budgets = [plan.micro_batch_tokens for plan in plans]
-    hours = [plan.hours.hours for plan in plans]
+    alone = [plan.hours.hours for plan in plans]
+    hours = None if None in [*alone, *budgets] else sum(filter(None, alone))
     assumptions = [*told, *(line for plan in plans for line in plan.hours.assumptions)]
     return {
         "recipe": recipe.name,
         "device": {"name": device.name, "title": device.title, "memory_gib": device.memory_bytes / GIB},
         "num_devices": num_devices,
-        "num_parts": plans[0].num_parts,
+        "share": plans[0].share.way,
+        "num_parts": plans[0].share.num_parts,
         "num_parameters": plans[-1].size.shape.num_parameters,
         "num_rows": plans[-1].size.shape.num_rows,
         "fits": all(plan.fits for plan in plans),
@@ -136,8 +142,7 @@ def _result(
         "peak_gib": worst.peak_bytes / GIB,
         "items": {name: num_bytes / GIB for name, num_bytes in worst.items.items()},
         "micro_batch_tokens": None if None in budgets else min(filter(None, budgets)),
-        "hours": None if None in hours or None in budgets else sum(filter(None, hours)),
-        "parallel": _parallel(plans, num_devices),
+        "hours": hours if cluster is None else cluster["hours"],
         "sharded": _sharded(plans),
         "changes": [line for plan in plans for line in plan.changes],
         "stages": [_stage(plan) for plan in plans],
@@ -148,16 +153,8 @@ def _result(
             for hazard in hazards
         ],
         "assumptions": list(dict.fromkeys(assumptions)),
+        "cluster": cluster,
     }
-
-
-def _parallel(plans: list[StagePlan], num_devices: int) -> dict[str, Any] | None:
-    """All stages with the rows of a step shared out, as `graftlm run --gpus` does; its hours are a prediction."""
-    if plans[0].sharded is None:
-        return None
-    hours = [plan.parallel_hours for plan in plans]
-    total = None if None in hours else sum(filter(None, hours))
-    return {"num_devices": num_devices, "is_prediction": True, "hours": total}
 
 
 def _sharded(plans: list[StagePlan]) -> dict[str, Any] | None:
@@ -165,11 +162,9 @@ def _sharded(plans: list[StagePlan]) -> dict[str, Any] | None:
     parts = [plan.sharded for plan in plans if plan.sharded is not None]
     if not parts:
         return None
-    hours = [part.hours for part in parts]
     return {
         "num_devices": parts[0].num_devices, "is_prediction": True, "peak_gib": max(part.peak_gib for part in parts),
         "fits": all(part.micro_batch_tokens is not None for part in parts),
-        "hours": None if None in hours else sum(filter(None, hours)),
     }  # fmt: skip
 
 
@@ -200,11 +195,10 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
         "tokens_per_second": plan.hours.tokens_per_second,
         "hours": plan.hours.hours,
         "changes": plan.changes,
-        "parallel_hours": plan.parallel_hours,
         "sharded": None
         if sharded is None
         else {
-            "num_devices": sharded.num_devices, "peak_gib": sharded.peak_gib, "hours": sharded.hours,
+            "num_devices": sharded.num_devices, "peak_gib": sharded.peak_gib,
             "micro_batch_tokens": sharded.micro_batch_tokens,
             "gradient_checkpointing": sharded.gradient_checkpointing, "is_prediction": True,
         },
@@ -222,7 +216,7 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
     where = "one" if found["num_parts"] == 1 else f"each of {found['num_devices']}"
     yield f"{found['recipe']} on {where} {device['title']} ({device['memory_gib']:.1f} GiB): {verdict}"
     yield f"  parameters    {found['num_parameters']:,} with {found['num_rows']:,} rows"
-    if found["hours"] is not None and found["fits_when_changed"]:
+    if found["cluster"] is None and found["hours"] is not None:
         changed = ", with the changes below" if found["changes"] else ""
         yield f"  training      {duration(found['hours'] * 3600)}{changed} (computed, not timed: see what is assumed)"
     disk = found["disk_gib"]
@@ -232,7 +226,7 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
         yield f"  host memory   {found['host_gib']:.1f} GiB to load the model and to save checkpoints"
     for stage in found["stages"]:
         yield ""
-        yield from _told_stage(stage, duration)
+        yield from _told_stage(stage, duration, is_alone=found["cluster"] is None)
     if found["hazards"]:
         yield from ("", "To know before")
         for hazard in found["hazards"]:
@@ -249,7 +243,7 @@ def _next(found: dict[str, Any], recipe: Path) -> Iterator[str]:
         yield f"Try     graftlm run {recipe} {' '.join(found['changes'])}"
 
 
-def _told_stage(stage: dict[str, Any], duration: Callable[[float], str]) -> Iterator[str]:
+def _told_stage(stage: dict[str, Any], duration: Callable[[float], str], *, is_alone: bool) -> Iterator[str]:
     verdict = "fits" if stage["fits"] else "does not fit as it is"
     title = f"{stage['name']} ({stage['trains']}, {stage['precision']})"
     yield f"{title}: {verdict}, {stage['peak_gib']:.2f} GiB at its {stage['peak_at']}"
@@ -257,22 +251,16 @@ def _told_stage(stage: dict[str, Any], duration: Callable[[float], str]) -> Iter
         if gib >= 0.005:
             yield f"  {name:<30}{gib:>9.2f} GiB"
     yield f"  micro-batch   {_setting(stage['given'])} in the recipe"
-    is_possible = stage["micro_batch_tokens"] is not None
     yield f"                {_most(stage)}"
-    if stage["hours"] is not None and is_possible:
+    if is_alone and stage["hours"] is not None and stage["micro_batch_tokens"] is not None:
         speed = f"{stage['tokens_per_second']:,.0f} tokens a second"
         yield f"  time          {duration(stage['hours'] * 3600)}: {stage['num_steps']:,} steps, {speed}"
     work = f"{stage['petaflops']:,.4g} PFLOP, {stage['gigaflops_per_token']:.4g} GFLOP a token"
     yield f"  work          {work} of {stage['num_tokens']:,}"
     sharded = stage["sharded"]
-    if sharded is None:
-        return
-    if stage["parallel_hours"] is not None:
-        took = duration(stage["parallel_hours"] * 3600)
-        yield f"  data parallel predicted, over {sharded['num_devices']}: {took}, memory of each as above"
-    time = f", {duration(sharded['hours'] * 3600)}" if sharded["hours"] is not None else ""
-    needed = f"over {sharded['num_devices']}: {sharded['peak_gib']:.1f} GiB each"
-    yield f"  sharded       predicted, {needed}; {_most(sharded)}{time}"
+    if sharded is not None:
+        needed = f"over {sharded['num_devices']}: {sharded['peak_gib']:.1f} GiB each"
+        yield f"  sharded       predicted, {needed}; {_most(sharded)}"
 
 
 def _most(found: dict[str, Any]) -> str:

@@ -72,6 +72,7 @@ def cluster_result(plans: Sequence[StagePlan], device: Device, cluster: Cluster)
     totals = [stage.best.total if stage.best else None for stage in stages]
     return json_values({
         "is_prediction": True,
+        "share": plans[0].share.way,
         "num_devices": cluster.num_devices,
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
@@ -114,8 +115,9 @@ def _assumptions(cluster: Cluster, stages: Sequence[StageOnCluster]) -> Iterator
     yield "a device computes as fast as one alone; ranks wait for the one with most tokens, drawn from rows like these"
     if cluster.checkpoint_seconds is None:
         yield (
-            f"a step waits while a checkpoint is copied at {cluster.copy_bytes / 1e9:.0f} GB/s; it is written beside "
-            f"training at {cluster.disk_bytes / 1e9:.0f} GB/s"
+            f"a step waits while a checkpoint is copied at {cluster.copy_bytes / 1e9:.0f} GB/s a rank; it is written "
+            f"beside training at {cluster.disk_bytes / 1e9:.0f} GB/s a machine: by rank 0, or in parts by all ranks "
+            "with ranks.shard full or hybrid"
         )
     between = cluster.mean_hours_between_failures
     told = "no failure" if math.isinf(between) else f"one every {duration(between * 3600)} on average"
@@ -138,10 +140,13 @@ def cluster_told(found: dict[str, Any]) -> Iterator[str]:
     machines = "1 machine" if found["nodes"] == 1 else f"{found['nodes']:,} machines"
     yield ""
     yield f"Predicted for {found['num_devices']:,} devices ({machines} of {found['gpus']}); nothing of it was run"
+    if isinstance(found["hours"], float):
+        yield f"  training      {duration(found['hours'] * 3600)}, the faster way of each stage"
     for stage in found["stages"]:
         yield f"{stage['name']}: {stage['rows_per_rank']:.3g} rows of a step for each rank"
         for way in WAYS:
-            yield f"  {way.replace('_', ' '):<14}{_told_hours(stage[way])}"
+            if way == "sharded" or found["share"] == "whole":
+                yield f"  {way.replace('_', ' '):<14}{_told_hours(stage[way])}"
     if found["limits"]:
         yield "Where it breaks, or hurts"
         for limit in found["limits"]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graftlm.health.sharding import Share
+
 HOUR = 3600
 DAY_HOURS = 24
 
@@ -23,8 +25,8 @@ DAY_HOURS = 24
 class Cluster:
     """What is assumed of the machines. `link_bytes` a second between the GPUs of a machine, `network_bytes` a second
     that a machine sends to others, `copy_bytes` a second from a GPU to its machine's memory, `disk_bytes` a second that
-    rank 0 writes; `failures` are of one GPU in one day, whatever fails in it or around it. `checkpoint_seconds` (that a
-    step waits for one) and `checkpoint_every` (steps), where they are known."""
+    a machine writes; `failures` are of one GPU in one day, whatever fails in it or around it. `checkpoint_seconds`
+    (that a step waits for one) and `checkpoint_every` (steps), where they are known."""
 
     gpus: int
     nodes: int
@@ -94,24 +96,6 @@ def tree_seconds(num_bytes: float, num_devices: int, bytes_a_second: float) -> f
     return math.ceil(math.log2(num_devices)) * num_bytes / bytes_a_second
 
 
-def communication_seconds(
-    cluster: Cluster, gradient_bytes: float, weight_bytes: float, num_micro_batches: int, *, is_sharded: bool
-) -> float:
-    """What a step's collectives take, none of it hidden behind computing.
-
-    Data parallel: gradients are summed once, after the last backward pass. Sharded (FSDP2, resharded after forward):
-    weights are gathered for the forward and again for the backward pass of every micro-batch, and gradients are summed
-    into shards after each.
-    """
-    n, rate = cluster.num_devices, cluster.slowest_bytes
-    if n == 1:
-        return 0.0
-    if not is_sharded:
-        return all_reduce_seconds(gradient_bytes, n, rate)
-    passes = 2 * gather_seconds(weight_bytes, n, rate) + gather_seconds(gradient_bytes, n, rate)
-    return num_micro_batches * passes
-
-
 def best_interval_hours(checkpoint_hours: float, mean_hours: float) -> float:
     """Hours of work between checkpoints that lose least to writing them and to failures.
 
@@ -146,14 +130,21 @@ def expected_hours(
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A stage as a cluster sees it: bytes that are sent and saved, how long the slowest device computes a step, in how
-    many micro-batches, and what a restart takes until that step is taken again."""
+    """A stage as a cluster sees it: how it is shared out, bytes that are sent and saved, how long the slowest device
+    computes a step, in how many micro-batches, and what a restart takes until that step is taken again.
 
+    `summed_bytes`: of gradients that every rank holds, `scattered_bytes` of those it holds a part of, `weight_bytes` of
+    weights as they are gathered; `largest_bytes` of the largest tensor that one rank saves whole.
+    """
+
+    share: Share
     num_steps: int
     step_seconds: float
-    gradient_bytes: float
+    summed_bytes: float
+    scattered_bytes: float
     weight_bytes: float
     checkpoint_bytes: float
+    largest_bytes: float
     num_micro_batches: int
     restart_seconds: float
 
@@ -177,15 +168,47 @@ class ClusterHours:
         return self.compute + self.communication + self.checkpoints + self.failures
 
 
-def cluster_hours(load: Load, cluster: Cluster, *, is_sharded: bool) -> ClusterHours:
-    """The hours of a stage. All wait while rank 0 copies a checkpoint in memory; it is written beside training, so that
-    a failure meanwhile loses that much more, and the next one is not begun before."""
+def communication_seconds(load: Load, cluster: Cluster) -> float:
+    """What a step's collectives take, none of it hidden behind computing.
+
+    Gradients that every rank holds are summed once, after the last backward pass; those that are cut after that of
+    every micro-batch, into parts. Weights that are cut (resharded after forward) are gathered for the forward and again
+    for the backward pass of each; in ZeRO's second stage, what learns is gathered once, when it has moved. Where each
+    machine holds all parts (hybrid), that stays within it, and parts are summed between machines.
+
+    Source of the ZeRO stages' volumes: arXiv 1910.02054, section 7.
+    """
+    n, parts, times = cluster.num_devices, load.share.num_parts, load.num_micro_batches
+    if n == 1:
+        return 0.0
+    num_gathers = {"whole": 0, "zero2": 1}.get(load.share.way, 2 * times)
+    cut = times * load.scattered_bytes + num_gathers * load.weight_bytes
+    rate = cluster.slowest_bytes if parts == n else cluster.link_bytes
+    return (
+        all_reduce_seconds(load.summed_bytes, n, cluster.slowest_bytes)
+        + gather_seconds(cut, parts, rate)
+        + times * all_reduce_seconds(load.scattered_bytes, n // parts, cluster.network_bytes)
+    )
+
+
+def saving_seconds(load: Load, cluster: Cluster) -> tuple[float, float]:
+    """How long a step waits while a checkpoint is copied in memory, and how long it is written beside training.
+
+    Layers that are cut are saved in parts, as many bytes a rank as tensors allow, each machine to its own path to the
+    disk; elsewhere rank 0 saves all.
+    """
+    ranks, machines = (cluster.num_devices, cluster.nodes) if load.share.way == "layers" else (1, 1)
+    copied, written = (max(load.checkpoint_bytes / count, load.largest_bytes) for count in (ranks, machines))
+    waiting = copied / cluster.copy_bytes if cluster.checkpoint_seconds is None else cluster.checkpoint_seconds
+    return waiting, written / cluster.disk_bytes
+
+
+def cluster_hours(load: Load, cluster: Cluster) -> ClusterHours:
+    """The hours of a stage. All wait while a checkpoint is copied in memory; it is written beside training, so that a
+    failure meanwhile loses that much more, and the next one is not begun before."""
     compute = load.num_steps * load.step_seconds / HOUR
-    communication = load.num_steps / HOUR * communication_seconds(
-        cluster, load.gradient_bytes, load.weight_bytes, load.num_micro_batches, is_sharded=is_sharded
-    )  # fmt: skip
-    waiting = (cluster.checkpoint_seconds or load.checkpoint_bytes / cluster.copy_bytes) / HOUR
-    writing = load.checkpoint_bytes / cluster.disk_bytes / HOUR
+    communication = load.num_steps * communication_seconds(load, cluster) / HOUR
+    waiting, writing = (seconds / HOUR for seconds in saving_seconds(load, cluster))
     work, mean = compute + communication, cluster.mean_hours_between_failures
     step = work / load.num_steps
     best = max(best_interval_hours(waiting, mean), writing, step)

@@ -14,8 +14,9 @@ from graftlm.health.cluster import Cluster, ClusterHours, Load, cluster_hours, s
 from graftlm.health.devices import Device, rate_of
 from graftlm.health.finding import Finding
 from graftlm.health.hours import ADAM_BYTES, flops_per_token
-from graftlm.health.memory import GIB, WIDE
+from graftlm.health.memory import GIB, WIDE, StageSize
 from graftlm.health.plan import StagePlan
+from graftlm.health.sharding import WHOLE, Share, layer_bytes
 from graftlm.run import duration
 
 PREPARED_TOKENS_A_SECOND = 500_000
@@ -49,7 +50,8 @@ def link_of(device: Device) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StageOnCluster:
-    """One stage: hours by what they go to with every device holding everything, and sharded (None: does not fit).
+    """One stage: hours by what they go to with every device holding everything, and sharded (None: does not fit, or the
+    other way is the recipe's).
 
     `slowest` is the tokens of the rank with most of a step's rows over those of an average one."""
 
@@ -83,24 +85,24 @@ def on_cluster(plan: StagePlan, device: Device, cluster: Cluster) -> StageOnClus
         RESTART_SECONDS + tree_seconds(row_bytes + model_bytes, num, HANDED_BYTES) + row_bytes / HASHED_BYTES_A_SECOND
     )
 
-    def hours(is_sharded: bool) -> ClusterHours | None:
-        load = _load(plan, device, num, slowest, restart, is_sharded)
-        return None if load is None else cluster_hours(load, cluster, is_sharded=is_sharded)
+    def hours(share: Share) -> ClusterHours | None:
+        load = _load(plan, device, num, slowest, restart, share)
+        return None if load is None else cluster_hours(load, cluster)
 
     return StageOnCluster(
         wish.name, wish.place, wish.batch_rows / num, slowest, row_bytes, wish.rows.num_rows, epoch_tokens, restart,
-        data_parallel=hours(False), sharded=hours(True) if num > 1 else None,
+        data_parallel=hours(WHOLE) if plan.share.is_whole else None,
+        sharded=hours(Share("layers", num) if plan.share.is_whole else plan.share) if num > 1 else None,
     )  # fmt: skip
 
 
 def _load(
-    plan: StagePlan, device: Device, num_devices: int, slowest: float, restart_seconds: float, is_sharded: bool
+    plan: StagePlan, device: Device, num_devices: int, slowest: float, restart_seconds: float, share: Share
 ) -> Load | None:
     """What a step asks of the slowest of `num_devices`; None where it does not fit or nothing is known of its speed."""
     wish, rate = plan.wish, rate_of(device, plan.precision)
-    is_own_way = is_sharded == (plan.num_parts > 1)
-    way = plan if is_own_way else plan.sharded
-    if way is None or way.micro_batch_tokens is None or not rate or (plan.num_parts > 1 and not is_own_way):
+    way = plan if share == plan.share else plan.sharded
+    if way is None or way.micro_batch_tokens is None or not rate:
         return None
     budget, is_checkpointing = way.micro_batch_tokens, way.gradient_checkpointing
     rows, shared = wish.rows, wish.rows.num_shared if wish.is_exact else 0
@@ -112,16 +114,35 @@ def _load(
         rows_per_batch=max(1.0, own_rows / num_micro_batches), is_exact=wish.is_exact,
     )  # fmt: skip
     learning = plan.size.learning_parameters
-    updating = ADAM_BYTES * learning / device.bandwidth / (num_devices if is_sharded else 1)
+    updating = ADAM_BYTES * learning / device.bandwidth / share.num_parts
+    summed, scattered, weights = _sent(plan.size, share)
     return Load(
+        share=share,
         num_steps=plan.hours.num_steps,
         step_seconds=slowest * own_rows * rows.mean_tokens * flops.executed / rate + updating,
-        gradient_bytes=WIDE * learning,
-        weight_bytes=wish.shape.num_parameters * (4 if plan.precision == "fp32" else 2),
+        summed_bytes=summed,
+        scattered_bytes=scattered,
+        weight_bytes=weights,
         checkpoint_bytes=plan.size.checkpoint_bytes,
+        largest_bytes=plan.size.matrix_bytes if plan.size.learning_rows else 0,
         num_micro_batches=num_micro_batches,
         restart_seconds=restart_seconds,
     )
+
+
+def _sent(size: StageSize, share: Share) -> tuple[int, int, int]:
+    """Bytes of gradients that are summed for all, of those that each rank gets a part of, of weights gathered."""
+    learning = WIDE * size.learning_parameters
+    match share.way:
+        case "whole":
+            return learning, 0, 0
+        case "layers":  # embedding and head lie whole on every rank
+            of_rows = WIDE * size.shape.row_matrices * size.learning_rows * size.shape.hidden_size
+            return of_rows, learning - of_rows, layer_bytes(size)
+        case "zero2":
+            return 0, learning, learning
+        case "zero3":  # DeepSpeed is given float32, whatever is multiplied
+            return 0, learning, WIDE * size.shape.num_parameters
 
 
 def limits_of(stages: Sequence[StageOnCluster], cluster: Cluster) -> list[Finding]:
@@ -146,7 +167,7 @@ def _few_rows(stage: StageOnCluster) -> Iterator[Finding]:
 def _shares(stage: StageOnCluster) -> Iterator[Finding]:
     """What takes much of a stage's time besides computing."""
     summed = "as gradients are summed after the last backward pass and not during it"
-    gathered = "were none of it hidden behind computing, of which FSDP2 hides a part"
+    gathered = "were none of it hidden behind computing, of which FSDP2 and DeepSpeed hide a part"
     ways = (("data parallel", stage.data_parallel, summed), ("sharded", stage.sharded, gathered))
     for kind, hours, told in ways:
         if hours is None:
@@ -167,8 +188,8 @@ def _shares(stage: StageOnCluster) -> Iterator[Finding]:
         if hours.checkpoints > MUCH / 2 * total:
             yield Finding(
                 "checkpoints", "warning", name, None,
-                f"{name}: {hours.checkpoints / total:.0%} of the time goes to checkpoints: rank 0 copies weights and "
-                "moments while the others wait.",
+                f"{name}: {hours.checkpoints / total:.0%} of the time goes to checkpoints: all wait while weights "
+                "and moments are copied.",
                 "Fewer checkpoints, where failures are rare (checkpoint_every).",
             )  # fmt: skip
         if hours.failures > MUCH / 2 * total:

@@ -13,6 +13,7 @@ from graftlm.health.devices import DEVICES, Device, precision_told
 from graftlm.health.finding import Finding
 from graftlm.health.memory import FROZEN, GIB
 from graftlm.health.plan import StagePlan, fits_at_all
+from graftlm.health.sharding import Share
 from graftlm.model.frozen import FrozenBase
 
 QUANTISED: tuple[FrozenBase, ...] = ("int8", "nf4")
@@ -72,11 +73,13 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
             f"{num_devices} processes would share this CPU's cores and memory; the plan is for one.",
             "graftlm run --gpus N starts them where it is wanted all the same (bench/ranks.py).",
         )  # fmt: skip
-    elif num_devices > 1 and plans[0].num_parts > 1:
+    elif num_devices > 1 and plans[0].share.way.startswith("zero"):
+        yield _with_zero(plans[0].share, num_devices)
+    elif num_devices > 1 and not plans[0].share.is_whole:
         yield Finding(
             "sharded", "note", f"{num_devices} devices", None,
-            f"Each of {num_devices} ranks takes its rows and holds one part in {plans[0].num_parts} of each layer, its "
-            "gradients and moments, and all of embedding, head and last norm; the model lies whole in its "
+            f"Each of {num_devices} ranks takes its rows and holds one part in {plans[0].share.num_parts} of each "
+            "layer, its gradients and moments, and all of embedding, head and last norm; the model lies whole in its "
             "machine's memory as a stage begins. What is told is one rank's, and no GPU has run it.",
             "Every weight crosses the wire twice a micro-batch: let them be few and large (micro_batch_tokens), and "
             "set ranks.shard=none where all stages fit one device.",
@@ -91,6 +94,17 @@ def _devices(device: Device, num_devices: int, plans: list[StagePlan]) -> Iterat
             "and the fp32 model in its machine's memory as it begins. No GPU has run either.",
             f"The figures called sharded are what each needs with ranks.shard=full, predicted: {told}.",
         )  # fmt: skip
+
+
+def _with_zero(share: Share, num_devices: int) -> Finding:
+    kept = "The weights are cut too, and" if share.way == "zero3" else "Weights lie whole on each, and"
+    return Finding(
+        "sharded", "note", f"{num_devices} devices", None,
+        f"DeepSpeed cuts gradients and moments over {num_devices} ranks. {kept} gradients "
+        "come together where a step is replayed, so that the moments alone are counted as cut; the model lies whole in "
+        "its machine's memory as a stage begins. What is told is one rank's, and no GPU has run it.",
+        "ranks.shard=full cuts more; ranks.shard=none is faster where all stages fit one device.",
+    )  # fmt: skip
 
 
 def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:

@@ -17,7 +17,6 @@ from graftlm.health.row_facts import RowFacts
 from graftlm.model.shapes import Shape
 
 ADAM_BYTES = 28  # read and written of every parameter that learns: gradient, weight and two moments, three written
-SCALING = 0.85  # of N devices' speed, assumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +69,19 @@ class Hours:
 
 
 def hours_of(
-    device: Device, num_devices: int, precision: str, rows: RowFacts, flops: Flops, *,
-    epochs: float, num_steps: int, learning_parameters: int, is_sharded: bool = True,
+    device: Device, precision: str, rows: RowFacts, flops: Flops, *,
+    epochs: float, num_steps: int, learning_parameters: int,
 ) -> Hours:  # fmt: skip
-    """The time of a stage on `num_devices`; more than one is a prediction with an assumed scaling.
-
-    Where it is not `is_sharded`, each device updates every parameter that learns."""
+    """The time of a stage on one device; that of several is predicted in `cluster.py`."""
     num_tokens = epochs * rows.num_rows * rows.mean_tokens
     total = flops.executed * num_tokens
     assumptions = [f"rows: {rows.source}"]
     if device.share_reached:
         assumptions.append(_speed_told(device, precision))
-    if num_devices > 1:
-        assumptions.append(f"{num_devices} devices at {SCALING:.0%} of their summed speed: assumed, not measured")
-    rate = rate_of(device, precision) * (num_devices * SCALING if num_devices > 1 else 1)
+    rate = rate_of(device, precision)
     seconds = None
     if rate:
-        update = ADAM_BYTES * learning_parameters / device.bandwidth / (num_devices if is_sharded else 1)
+        update = ADAM_BYTES * learning_parameters / device.bandwidth
         seconds = total / rate + num_steps * update
     else:
         assumptions.append(f"nothing is known of the speed of {device.title}: no hours")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from graftlm.health.activations import Compute, Learns
 from graftlm.health.devices import Device, precision_told
 from graftlm.health.hours import Hours, flops_per_token, hours_of
-from graftlm.health.memory import GIB, Moment, StageSize, peak
+from graftlm.health.memory import GIB, Moment, StageSize
 from graftlm.health.row_facts import RowFacts
-from graftlm.health.sharding import peak_of_rank
+from graftlm.health.sharding import WHOLE, Share, peak_of
 from graftlm.model.shapes import Shape
 
 LOOK_ROWS, LOOK_TOKENS = 8, 2048  # as `training/look.py`
@@ -69,15 +69,14 @@ class Sharded:
     peak_gib: float
     micro_batch_tokens: int | None
     gradient_checkpointing: bool
-    hours: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
     """One stage on one device. `fits`: as the recipe has it. `peak`, `items` (bytes) and `moment` are the recipe's own;
-    `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `parallel_hours`:
-    with the rows of a step shared out to several devices, each of which holds what one holds; None for one. With
-    `num_parts` over 1 all is one device's of several over which the layers are shared out, and `hours` theirs."""
+    `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `hours`: were one
+    such device to compute it all. Where `share` is not whole, memory is that of one of several devices over which the
+    stage is shared out; `sharded`, where it is whole on each of several, tells what sharing it out would take."""
 
     wish: StageWish
     precision: str
@@ -90,8 +89,7 @@ class StagePlan:
     hours: Hours
     size: StageSize
     sharded: Sharded | None
-    parallel_hours: float | None = None
-    num_parts: int = 1
+    share: Share = WHOLE
 
     @property
     def holds_step(self) -> bool:
@@ -133,21 +131,18 @@ def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_check
     )
 
 
-def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, num_parts: int = 1) -> StagePlan:
+def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, share: Share = WHOLE) -> StagePlan:
     """The plan of one stage: on one device, rows shared out to `num_devices`, and sharded over them (predicted). Or,
-    its layers cut into `num_parts`, on each of those devices."""
+    where it is to be shared out, on each of those devices."""
     precision, _ = precision_told(device, wish.precision)
-    own = _of_each(wish, num_devices) if num_parts > 1 else wish
+    own = wish if share.is_whole else _of_each(wish, num_devices)
     size = size_of(own, precision, device.is_cpu, wish.micro_batch_tokens, wish.gradient_checkpointing)
-    worst = _peak(size, num_parts)
+    worst = peak_of(size, share)
     needed = with_overhead(worst, device)
-    budget, is_checkpointing = best_setting(own, device, precision, num_parts)
+    budget, is_checkpointing = best_setting(own, device, precision, share)
     fits = needed <= device.memory_bytes and wish.micro_batch_tokens >= wish.rows.longest
-    hours = _hours(
-        wish, device, num_devices if num_parts > 1 else 1, precision, budget,
-        is_checkpointing if budget else wish.gradient_checkpointing,
-    )  # fmt: skip
-    is_parallel = num_devices > 1 and num_parts == 1 and not device.is_cpu
+    hours = _hours(wish, device, precision, budget, is_checkpointing if budget else wish.gradient_checkpointing)
+    is_parallel = num_devices > 1 and share.is_whole and not device.is_cpu
     return StagePlan(
         wish=wish,
         precision=precision,
@@ -160,20 +155,13 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, num_parts:
         hours=hours,
         size=size,
         sharded=_sharded(wish, device, num_devices, precision) if is_parallel else None,
-        parallel_hours=_parallel_hours(wish, device, num_devices, precision, budget, is_checkpointing)
-        if is_parallel
-        else None,
-        num_parts=num_parts,
+        share=share,
     )
 
 
 def _of_each(wish: StageWish, num_devices: int) -> StageWish:
     """The stage as each of several devices has it, which takes its part of a step's rows."""
     return replace(wish, batch_rows=-(-wish.batch_rows // num_devices))
-
-
-def _peak(size: StageSize, num_parts: int) -> Moment:
-    return peak(size) if num_parts == 1 else peak_of_rank(size, num_parts)
 
 
 def with_overhead(moment: Moment, device: Device) -> int:
@@ -184,24 +172,24 @@ def with_overhead(moment: Moment, device: Device) -> int:
     return int(own * (1 + FRAGMENTS)) + CONTEXT_BYTES
 
 
-def best_setting(wish: StageWish, device: Device, precision: str, num_parts: int = 1) -> tuple[int | None, bool]:
+def best_setting(wish: StageWish, device: Device, precision: str, share: Share = WHOLE) -> tuple[int | None, bool]:
     """The largest micro-batch that fits, and whether activations must be computed again for it.
 
     Without computing again where enough tokens fit so (or the whole step does); None where not even one row does.
     """
-    plain = _largest(wish, device, precision, False, num_parts)
+    plain = _largest(wish, device, precision, False, share)
     enough = min(ENOUGH_TOKENS[device.is_cpu], wish.whole_step_tokens, wish.micro_batch_tokens)
     if plain is not None and plain >= enough:
         return plain, False
-    again = _largest(wish, device, precision, True, num_parts)
+    again = _largest(wish, device, precision, True, share)
     return (again, True) if again is not None else (plain, plain is None)
 
 
-def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: bool, num_parts: int) -> int | None:
+def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: bool, share: Share) -> int | None:
     """The most tokens that fit, by halving; a multiple of `STEP_OF_TOKENS`, at least the longest row's."""
 
     def fits(budget: int) -> bool:
-        return _fits(wish, device, precision, budget, is_checkpointing, num_parts)
+        return _fits(wish, device, precision, budget, is_checkpointing, share)
 
     low = -(-wish.rows.longest // STEP_OF_TOKENS)
     whole = -(-wish.whole_step_tokens // STEP_OF_TOKENS)
@@ -216,10 +204,10 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
 
 
 def _fits(
-    wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, num_parts: int = 1
+    wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, share: Share = WHOLE
 ) -> bool:
     size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
-    return with_overhead(_peak(size, num_parts), device) <= device.memory_bytes
+    return with_overhead(peak_of(size, share), device) <= device.memory_bytes
 
 
 def fits_at_all(wish: StageWish, device: Device) -> bool:
@@ -228,10 +216,7 @@ def fits_at_all(wish: StageWish, device: Device) -> bool:
     return any(_fits(wish, device, precision, wish.rows.longest, again) for again in (True, False))
 
 
-def _hours(
-    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool,
-    is_sharded: bool = True, num_steps: int | None = None,
-) -> Hours:  # fmt: skip
+def _hours(wish: StageWish, device: Device, precision: str, budget: int | None, is_checkpointing: bool) -> Hours:
     tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact))
     shared = wish.rows.num_shared if wish.is_exact else 0
     rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
@@ -241,27 +226,16 @@ def _hours(
     )  # fmt: skip
     size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
     return hours_of(
-        device, num_devices, precision, wish.rows, flops, epochs=wish.epochs,
-        num_steps=num_steps or wish.num_steps, learning_parameters=size.learning_parameters, is_sharded=is_sharded,
+        device, precision, wish.rows, flops, epochs=wish.epochs, num_steps=wish.num_steps,
+        learning_parameters=size.learning_parameters,
     )  # fmt: skip
-
-
-def _parallel_hours(
-    wish: StageWish, device: Device, num_devices: int, precision: str, budget: int | None, is_checkpointing: bool
-) -> float | None:
-    """Each device takes its part of a step's rows and updates every parameter; None where it holds not even one row."""
-    if budget is None:
-        return None
-    own = _of_each(wish, num_devices)
-    return _hours(own, device, num_devices, precision, budget, is_checkpointing, False, wish.num_steps).hours
 
 
 def _sharded(wish: StageWish, device: Device, num_devices: int, precision: str) -> Sharded:
     """Each device takes its part of a step's rows; memory is that of the recipe's micro-batch, or of what fits."""
-    own = _of_each(wish, num_devices)
-    most, is_checkpointing = best_setting(own, device, precision, num_devices)
+    own, share = _of_each(wish, num_devices), Share("layers", num_devices)
+    most, is_checkpointing = best_setting(own, device, precision, share)
     budget = min(most or wish.rows.longest, max(wish.micro_batch_tokens, wish.rows.longest))
     size = size_of(own, precision, device.is_cpu, budget, is_checkpointing)
-    needed = with_overhead(peak_of_rank(size, num_devices), device)
-    hours = _hours(wish, device, num_devices, precision, most, is_checkpointing).hours if most else None
-    return Sharded(num_devices, needed / GIB, most, is_checkpointing, hours)
+    needed = with_overhead(peak_of(size, share), device)
+    return Sharded(num_devices, needed / GIB, most, is_checkpointing)

@@ -1,22 +1,50 @@
-"""How much memory a rank needs where the decoder layers are shared out over several: what is cut, and what stays whole.
+"""How much memory a rank needs where a stage is shared out over several: what is cut, and what stays whole.
 
-Owns the way from one device's moments (`memory.py`) to a rank's. Whole on every rank are embedding, head and last norm
-with their gradients and moments, the activations of its own rows, and while they are computed two layers: the one at
-work and the next, already on its way. What the buffers of FSDP2 take is read from its code, not measured on GPUs.
+Owns the ways of sharing, and the way from one device's moments (`memory.py`) to a rank's. Where the decoder layers are
+cut, whole on every rank are embedding, head and last norm with their gradients and moments, the activations of its own
+rows, and while they are computed two layers: the one at work and the next, already on its way. What the buffers of
+FSDP2 take is read from its code, not measured on GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from graftlm.health.activations import WIDE
-from graftlm.health.memory import FROZEN, Moment, StageSize, moments
+from graftlm.health.memory import FROZEN, Moment, StageSize, moments, peak
 
 COPIES = "copies of weights in 16 bits"
 FULL_PASSES = ("forward", "held-out reading")
 """Moments at which autocast would remember copies of every layer; it is told not to."""
 PASSES = (*FULL_PASSES, "loss", "backward", "look before the first step")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How a stage lies on several ranks: `whole` on each; its decoder layers in `num_parts` (`layers`: ranks.shard full
+    or hybrid); or as the second or third stage of DeepSpeed's ZeRO cuts it into as many."""
+
+    way: Literal["whole", "layers", "zero2", "zero3"] = "whole"
+    num_parts: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds all."""
+        return self.way == "whole"
+
+
+WHOLE = Share()
+
+
+def peak_of(size: StageSize, share: Share) -> Moment:
+    """The moment at which a rank holds most."""
+    if share.is_whole:
+        return peak(size)
+    if share.way == "layers":
+        return peak_of_rank(size, share.num_parts)
+    return peak_with_zero(size, share.num_parts, share.way == "zero3")
 
 
 def peak_of_rank(size: StageSize, num_parts: int) -> Moment:
@@ -71,11 +99,16 @@ def _of_rank(size: StageSize, moment: Moment, num_parts: int) -> dict[str, int]:
     if moment.name in FULL_PASSES and COPIES in items:
         items[COPIES] //= num_layers
     if moment.name in PASSES:
-        layers = sum(cut[name] for name in ("weights fp32", FROZEN[size.learns.frozen_base], "adapter fp32"))
-        items["gathered layers"] = 2 * layers // num_layers
+        items["gathered layers"] = 2 * layer_bytes(size) // num_layers
     if moment.name == "backward":
         items["gradients on their way"] = cut["gradients fp32"] // num_layers
     return items | _kept_by_first(size)
+
+
+def layer_bytes(size: StageSize) -> int:
+    """All decoder layers' weights and adapters, as they are held and sent."""
+    cut = _cut_bytes(size)
+    return sum(cut[name] for name in ("weights fp32", FROZEN[size.learns.frozen_base], "adapter fp32"))
 
 
 def _cut_bytes(size: StageSize) -> dict[str, int]:

@@ -15,10 +15,10 @@ from graftlm.device import Precision, available_memory_bytes, memory_here_bytes
 from graftlm.health.activations import WIDE, Learns
 from graftlm.health.devices import device_here
 from graftlm.health.finding import Finding
-from graftlm.health.memory import GIB, Moment, StageSize, peak
+from graftlm.health.memory import GIB, StageSize
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, measured_rows
-from graftlm.health.sharding import peak_of_rank, peak_with_zero
+from graftlm.health.sharding import WHOLE, Share, peak_of
 from graftlm.model.causal import plain_model
 from graftlm.model.shapes import Shape, shape_of
 from graftlm.recipe import Lora, Stage
@@ -78,11 +78,11 @@ def memory_finding(
         return None
     device = replace(device_here(precision.device), memory_bytes=there)
     wish, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
-    worst = _peak(size, ranks)
+    worst = peak_of(size, _share(ranks))
     needed = with_overhead(worst, device)
     if needed <= device.memory_bytes:
         return None
-    changes = plan_stage(wish, device, ranks.count, ranks.num_parts).changes
+    changes = plan_stage(wish, device, ranks.count, _share(ranks)).changes
     return Finding(
         "does-not-fit", "fatal" if needed > SURE * device.memory_bytes else "warning", wish.place, None,
         f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {device.memory_bytes / GIB:.1f} are there.",
@@ -115,7 +115,7 @@ def holds_copy(
         free, num_here = available_memory_bytes(), ranks.local_count if num_savers > 1 else 1
         return free is not None and free > SURE * num_here * copy_bytes
     there = memory_here_bytes(precision.device, ranks.local_count)
-    needed = with_overhead(_peak(size, ranks), device_here(precision.device)) + copy_bytes
+    needed = with_overhead(peak_of(size, _share(ranks)), device_here(precision.device)) + copy_bytes
     return there is not None and there > SURE * needed
 
 
@@ -132,7 +132,7 @@ def _prepared(
     return wish, size
 
 
-def _peak(size: StageSize, ranks: Ranks) -> Moment:
+def _share(ranks: Ranks) -> Share:
     if ranks.zero_stage:
-        return peak_with_zero(size, ranks.count, ranks.zero_stage == 3)
-    return peak(size) if ranks.num_parts == 1 else peak_of_rank(size, ranks.num_parts)
+        return Share("zero3" if ranks.zero_stage == 3 else "zero2", ranks.count)
+    return WHOLE if ranks.num_parts == 1 else Share("layers", ranks.num_parts)
