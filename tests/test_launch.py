@@ -19,7 +19,7 @@ from rank_processes import ended, free_port, started
 from safetensors.torch import load_file
 from tiny_recipe import write_tiny_recipe
 
-from graftlm.cli.launch import _end, _without_places, launch
+from graftlm.cli.launch import Machines, _end, _without_places, launch, machines_of
 from graftlm.cli.road import CALLED_AS, _program
 from graftlm.errors import RankLost, UserError
 from graftlm.recipe_file import load_recipe
@@ -79,6 +79,61 @@ def test_more_gpus_than_there_are_are_refused(recipe: Path, monkeypatch: pytest.
 def test_gpus_under_torchrun_are_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match="This is rank 1 of 2 already: --gpus would start 2 more for each"):
         launch(2, Place(1, 2, 1, 2), load_recipe(recipe), [])
+
+
+def test_the_same_command_on_every_machine_says_which_of_them_it_is() -> None:
+    assert machines_of(None, None, None, 8) == machines_of(1, 0, None, None) == Machines()
+    assert machines_of(2, 1, "first", 8) == Machines(2, 1, "first", 29500)
+    assert machines_of(2, 0, "10.0.0.1:1234", 8) == Machines(2, 0, "10.0.0.1", 1234)
+    assert machines_of(2, 0, "::1", 8) == Machines(2, 0, "::1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ((2, None, None, None), "--nodes 2 needs --gpus and --node-rank and --master too"),
+        ((2, 0, "first", None), "--nodes 2 needs --gpus too"),
+        ((2, 2, "first", 8), "--node-rank 2: of 2 machines the last is 1"),
+        ((2, 0, "first:port", 8), "--master first:port is no HOST or HOST:PORT"),
+        ((2, 0, "first:0", 8), "--master first:0 is no"),
+        ((2, 0, ":29500", 8), "--master :29500 is no"),
+        ((None, 1, None, 8), "--node-rank and --master belong to --nodes"),
+        ((1, 0, "first", 8), "--node-rank and --master belong to --nodes"),
+    ],
+)
+def test_half_of_a_set_of_machines_is_refused(flags: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        machines_of(*flags)
+
+
+def test_all_machines_ranks_are_counted_against_rows_and_parts(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["stages.lora.batch_rows=3"])
+    with pytest.raises(UserError, match=r"4 ranks would share 3 rows a step"):
+        launch(2, Place(), loaded, [], Machines(2, 0, "first"))
+
+
+@pytest.mark.parametrize(
+    ("number", "problem", "fix"),
+    [
+        (0, "Not all 2 machines reached this one, the first, at 127.0.0.1:PORT within 1 s", "on every machine"),
+        (1, "Machine 1 of 2 (from 0) did not reach the first at 127.0.0.1:PORT within 1 s", "with --node-rank 0"),
+    ],
+)
+def test_a_machine_that_does_not_come_is_told_by_name(
+    recipe: Path, tmp_path: Path, number: int, problem: str, fix: str
+) -> None:
+    """N1, as the launcher sees it: two lines, no dump of torch, no rank started."""
+    port = free_port()
+    where = ("--nodes", "2", "--node-rank", str(number), "--master", f"127.0.0.1:{port}", "--gpus", "1")
+    done = subprocess.run(
+        command(recipe, tmp_path / "run", *where, "ranks.join_seconds=1"), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    told = done.stderr.splitlines()
+    assert told[0].startswith(problem.replace("PORT", str(port)))
+    assert fix in told[1]
+    assert len(told) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_shared_out_is_refused(recipe: Path) -> None:
@@ -199,15 +254,18 @@ def test_the_launcher_asked_to_stop_lets_the_ranks_save(recipe: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too_as_on_two_machines(recipe: Path, tmp_path: Path) -> None:
-    """An agent for each machine, here both on one; rank 0 is the first one's."""
+@pytest.mark.parametrize("is_torchruns", [True, False])
+def test_it_is_started_on_two_machines(recipe: Path, tmp_path: Path, is_torchruns: bool) -> None:
+    """An agent for each machine, here both on one, by torchrun or by --nodes; rank 0 is the first one's."""
 
     def agent(node: int, port: int) -> subprocess.Popen[str]:
         start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         where = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        own = ["--nodes", "2", "--gpus", "1", "--node-rank", str(node), "--master", f"127.0.0.1:{port}"]
+        run = tmp_path / "run"
         return subprocess.Popen(
-            [*start, *where, *command(recipe, tmp_path / "run")[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*start, *where, *command(recipe, run)[1:]] if is_torchruns else command(recipe, run, *own),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     port = free_port()

@@ -1,6 +1,7 @@
 """One command as several processes: started through torch's own launcher, each of them a rank of the run.
 
-Owns what `--gpus` starts, what a started process does by its rank, and how the end of them all becomes one exit code.
+Owns what `--gpus` starts here, and `--nodes` on each of several machines; what a started process does by its rank; and
+how the end of them all becomes one exit code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,42 @@ if TYPE_CHECKING:
     from graftlm.training.ranks import Ranks
 
 SHUTDOWN_SECONDS = "120"  # in which ranks asked to stop may finish their step and save
+LOG_LEVEL, UNHEARD = "TORCH_CPP_LOG_LEVEL", "FATAL"
+"""While machines meet, torch dumps its stack for each try to reach one that is not there yet."""
+PORT = 29500  # where machines meet, as torchrun has it
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """The machines of a run, on each of which the same command is given: how many, which this is (from 0), and where
+    the first of them is reached."""
+
+    count: int = 1
+    number: int = 0
+    first: str = ""
+    port: int = PORT
+
+
+def machines_of(nodes: int | None, node_rank: int | None, master: str | None, gpus: int | None) -> Machines:
+    """The machines that flags tell; one where none is given. Raises UserError for half of it, or nonsense."""
+    if nodes is None or nodes == 1:
+        if node_rank or master is not None:
+            raise UserError("--node-rank and --master belong to --nodes.", "Give --nodes, or leave them out.")
+        return Machines()
+    needed = {"--gpus": gpus, "--node-rank": node_rank, "--master": master}
+    if node_rank is None or not master or gpus is None:
+        missing = " and ".join(flag for flag, value in needed.items() if value is None or value == "")
+        raise UserError(
+            f"--nodes {nodes} needs {missing} too.",
+            "Give the same command on every machine: --gpus, how many of each; --master, where the first is reached "
+            "(HOST or HOST:PORT); --node-rank, 0 on that one, then 1, 2, ...",
+        )
+    if node_rank >= nodes:
+        raise UserError(f"--node-rank {node_rank}: of {nodes} machines the last is {nodes - 1}.", "They count from 0.")
+    host, _, port = master.rpartition(":") if master.count(":") == 1 else (master, "", str(PORT))
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise UserError(f"--master {master} is no HOST or HOST:PORT.", f"Say first-machine:{PORT}, say.")
+    return Machines(nodes, node_rank, host, int(port))
 
 
 def run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
@@ -74,13 +112,16 @@ def _with_stacks(error: UserError | Interrupted, ranks: Ranks | None, folder: Pa
     return type(error)(f"{error.problem} What every thread of each was doing then: {kept}", error.fix)
 
 
-def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str]) -> None:
+def launch(
+    num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str], machines: Machines = Machines()
+) -> None:
     """Start `graftlm run` with `arguments` in `num_ranks` processes of this machine and wait for their end.
 
-    Raises UserError before anything is started; typer.Exit with the code of the rank that failed first; RankLost where
-    one was killed.
+    Raises UserError before anything is started, and where another machine does not come; typer.Exit with the code of
+    the rank that failed first; RankLost where one was killed.
     """
     import torch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
@@ -98,22 +139,54 @@ def launch(num_ranks: int, place: Place, recipe: Recipe, arguments: Sequence[str
     if pick_device(recipe.device).type == "cuda" and num_ranks > torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise UserError(f"--gpus {num_ranks}: this machine has {there}.", f"Ask for at most {there}.")
-    _refuse_more_ranks_than_rows(num_ranks, recipe)
+    _refuse_more_ranks_than_rows(num_ranks * machines.count, recipe)
     refuse_missing_deepspeed(recipe.ranks.shard)
     if recipe.ranks.shard == "hybrid":
-        refuse_uneven_machines(Place(0, num_ranks, 0, num_ranks))
+        refuse_uneven_machines(Place(0, num_ranks * machines.count, 0, num_ranks))
     logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below
+    if os.environ.get(LOG_LEVEL) == UNHEARD:
+        os.environ[LOG_LEVEL] = "ERROR"  # of the ranks that are started now
     # torchrun would give every rank one thread; a machine's cores are shared out instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     with tempfile.TemporaryDirectory(prefix="graftlm-ranks-") as logs:
-        asked = ["--standalone", f"--nproc-per-node={num_ranks}", "--max-restarts=0", f"--log-dir={logs}"]
+        asked = [f"--nproc-per-node={num_ranks}", "--max-restarts=0", f"--log-dir={logs}"]
         try:
-            torchrun(parse_args([*asked, "-m", "graftlm", "run", *arguments]))
+            torchrun(parse_args([*_meeting(machines, recipe), *asked, "-m", "graftlm", "run", *arguments]))
         except ChildFailedError as error:
             _end(error, num_ranks)
         except SignalException as error:
             raise typer.Exit(RankLost.exit_code) from error
+        except DistError as error:
+            raise _not_met(machines, recipe, error) from None
+
+
+def _meeting(machines: Machines, recipe: Recipe) -> list[str]:
+    """What torchrun is told of where the machines meet."""
+    if machines.count == 1:
+        return ["--standalone"]
+    return [
+        f"--nnodes={machines.count}",
+        f"--node-rank={machines.number}",
+        f"--master-addr={machines.first}",
+        f"--master-port={machines.port}",
+        f"--rdzv-conf=timeout={recipe.ranks.join_seconds}",
+    ]
+
+
+def _not_met(machines: Machines, recipe: Recipe, error: Exception) -> UserError:
+    """Why the machines did not come together."""
+    where, waited = f"{machines.first}:{machines.port}", f"within {recipe.ranks.join_seconds} s"
+    told = str(error).splitlines()[0]
+    if machines.number == 0:
+        return UserError(
+            f"Not all {machines.count} machines reached this one, the first, at {where} {waited} ({told}).",
+            "Give the same command on every machine, with its own --node-rank, and let that port through.",
+        )
+    return UserError(
+        f"Machine {machines.number} of {machines.count} (from 0) did not reach the first at {where} {waited} ({told}).",
+        "Is the run started there, with --node-rank 0? Is that its address, and is the port let through?",
+    )
 
 
 def _end(error: Any, num_ranks: int) -> None:

@@ -31,24 +31,34 @@ def run(
         int | None,
         typer.Option(min=1, help="Train on this many GPUs of this machine, or processes where there is no GPU."),
     ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many machines, with --gpus on each; the command goes to all.")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of the machines this is: 0 is the first.")] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Where the first machine is reached (port 29500).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Walk the whole road of a recipe. Run it again to continue or to redo what changed.
 
     Example: graftlm run recipes/demo.yaml --out runs/demo stages.full.epochs=2
     """
-    from graftlm.cli.launch import launch, run_as_rank
+    from graftlm.cli.launch import LOG_LEVEL, UNHEARD, launch, machines_of, run_as_rank
     from graftlm.recipe_file import load_recipe
     from graftlm.training.place import place_here
 
     place = place_here()
     if place.count > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank's end is told in words, not as a dump of torch
-    loaded = load_recipe(recipe, overrides or (), needs_files=place.rank == 0)
+        os.environ.setdefault(LOG_LEVEL, "ERROR")  # a rank's end is told in words, not as a dump of torch
+    machines = machines_of(nodes, node_rank, master, gpus)
+    if machines.count > 1:
+        os.environ.setdefault(LOG_LEVEL, UNHEARD)
+    loaded = load_recipe(recipe, overrides or (), needs_files=place.rank == 0 and machines.number == 0)
     folder = out or Path("runs") / loaded.name
-    if gpus is not None and (gpus > 1 or place.count > 1):
+    if gpus is not None and (gpus * machines.count > 1 or place.count > 1):
         os.environ[CALLED_AS] = _program()
-        launch(gpus, place, loaded, [str(recipe), *(overrides or ()), *_flags(out, as_json)])
+        launch(gpus, place, loaded, [str(recipe), *(overrides or ()), *_flags(out, as_json)], machines)
         return
     result = run_as_rank(place, loaded, folder)
     if result is None:
