@@ -65,7 +65,7 @@ def test_more_ranks_than_rows_of_a_step_are_refused_by_name(recipe: Path) -> Non
     loaded = load_recipe(recipe, ["stages.lora.batch_rows=3"])
     with pytest.raises(UserError, match=r"4 ranks would share 3 rows a step \(stages\.lora\.batch_rows\)") as error:
         launch(4, Place(), loaded, [])
-    assert "at most 3 ranks" in error.value.fix
+    assert "no more ranks than that" in error.value.fix
 
 
 def test_more_gpus_than_there_are_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +251,27 @@ def test_the_launcher_asked_to_stop_lets_the_ranks_save(recipe: Path, tmp_path: 
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(90) == 130, log.read_text()
     assert "saved\nRun the same command again to continue.\n" in log.read_text()
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_save_and_leave(recipe: Path, tmp_path: Path) -> None:
+    """R4, of the launcher: nobody could stop them any more, and the store they meet in is gone."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    launcher = begun(recipe, run, log, "--gpus", "2")
+    wait_for(log, "4-full ...", run / "4-full" / "metrics.jsonl")
+    ids = ranks_of(launcher)
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{one}").exists() for one in ids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{one}").exists() for one in ids)
+    told = log.read_text()
+    assert "What started this rank is gone: finishing this step, then saving" in told
+    assert "saved\nRun the same command again to continue.\n" in told
+    assert "was killed" not in told
+    assert begun(recipe, run, log, "--gpus", "2").wait(120) == 0, log.read_text()
+    assert "continuing after step" in log.read_text()
 
 
 @pytest.mark.slow

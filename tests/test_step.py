@@ -6,11 +6,19 @@ import pytest
 
 from graftlm.errors import UserError
 from graftlm.run import write_json
-from graftlm.step import Order, Step, fingerprint, make_order
+from graftlm.step import Order, Step, changed_keys, fingerprint, make_order
 
 
 def order(asked=None, given=None, before="", version=1) -> Order:
     return make_order("4-full", asked or {"stages": {"full": {"epochs": 1}}}, given or {}, before, version)
+
+
+def test_what_changed_is_told_to_the_key_in_lists_by_name_or_number() -> None:
+    before = {"seed": 1, "stages": [{"name": "a", "epochs": 1}, {"name": "b"}], "sources": [{"path": "x"}], "few": [1]}
+    after = {"seed": 1, "stages": [{"name": "a", "epochs": 2}, {"name": "c"}], "sources": [{"path": "y"}], "few": [2]}
+    assert changed_keys(before, after) == {"stages.a.epochs", "stages.b", "stages.c", "sources.0.path", "few"}
+    assert changed_keys(before, before) == set()
+    assert changed_keys({"stages": []}, before) == {"stages", "seed", "sources", "few"}
 
 
 def test_fingerprint_follows_content_not_name(tmp_path: Path) -> None:

@@ -226,7 +226,8 @@ def _is_passing(place: Path) -> bool:
 
 
 def changed_keys(before: Any, after: Any, prefix: str = "") -> set[str]:
-    """Dotted keys of nested mappings whose values differ."""
+    """Dotted keys of nested mappings and lists whose values differ; an item of a list goes by its name or number."""
+    before, after = _keyed(before), _keyed(after)
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return set() if before == after else {prefix.rstrip(".")}
     return {
@@ -234,3 +235,10 @@ def changed_keys(before: Any, after: Any, prefix: str = "") -> set[str]:
         for key in before.keys() | after.keys()
         for name in changed_keys(before.get(key), after.get(key), f"{prefix}{key}.")
     }
+
+
+def _keyed(value: Any) -> Any:
+    """A list of mappings as a mapping; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {str(item.get("name", number)): item for number, item in enumerate(value)}
+    return value

@@ -181,9 +181,14 @@ def test_a_missing_rank_0_is_told_with_its_address(tmp_path: Path) -> None:
 
 
 def test_ranks_with_another_recipe_are_refused(tmp_path: Path) -> None:
-    recipes = {0: {"seed": 1, "stages": {"a": 1}}, 1: {"seed": 1, "stages": {"a": 2}}}
+    recipes = {
+        rank: {"seed": 1, "stages": [{"name": "a", "epochs": 1}, {"name": "b", "trains": {"rank": 4 + rank}}]}
+        for rank in (0, 1)
+    }
     assert ended(started(2, meet, recipes, 20.0, folder=tmp_path), 30) == {0: 2, 1: 2}
-    assert "Rank 1 has another recipe than rank 0; what differs: stages.a." in (tmp_path / "0.err").read_text()
+    assert (
+        "Rank 1 has another recipe than rank 0; what differs: stages.b.trains.rank." in (tmp_path / "0.err").read_text()
+    )
 
 
 def of_another_version(recipe: dict[int, Any]) -> None:

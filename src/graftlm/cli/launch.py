@@ -69,7 +69,8 @@ def machines_of(nodes: int | None, node_rank: int | None, master: str | None, gp
 def run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None:
     """What one process does: rank 0 walks the road, the others train along and say nothing (None).
 
-    Raises UserError, NumericalStop, DiskError, Interrupted, RankLost on rank 0; the others leave with its exit code.
+    Raises UserError, NumericalStop, DiskError, Interrupted, RankLost on rank 0; the others leave with its exit code,
+    and the first of every other machine tells why.
     """
     if place.count > 1:
         _refuse_more_ranks_than_rows(place.count, recipe)
@@ -96,7 +97,8 @@ def _run_as_rank(place: Place, recipe: Recipe, folder: Path) -> RunResult | None
             use_all_cores()
             follow(ranks, device)
     except (UserError, Interrupted) as error:
-        if place.rank == 0 or (ranks is not None and ranks.speaks):
+        # Of every machine one: whoever looks at that machine sees why.
+        if place.local_rank == 0 or (ranks is not None and ranks.speaks):
             raise _with_stacks(error, ranks, folder) from None
         raise typer.Exit(error.exit_code if isinstance(error, UserError) else RankLost.exit_code) from None
     return None
@@ -214,8 +216,8 @@ def _refuse_more_ranks_than_rows(num_ranks: int, recipe: Recipe) -> None:
     if few:
         place, rows = min(few.items(), key=lambda item: item[1])
         raise UserError(
-            f"{num_ranks} ranks would share {rows} rows a step ({place}.batch_rows).",
-            f"Take at most {rows} ranks, or set {place}.batch_rows={num_ranks} or more (another training).",
+            f"{num_ranks} ranks would share {rows} row{'s' * (rows > 1)} a step ({place}.batch_rows).",
+            f"Take no more ranks than that, or set {place}.batch_rows={num_ranks} or more (another training).",
         )
 
 

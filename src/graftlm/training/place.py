@@ -1,6 +1,6 @@
 """Which of a run's processes this is, by the environment that `torchrun` sets.
 
-Owns that reading and nothing else; it is asked before the heavy libraries are there.
+Owns that reading, and whether the launcher is still there; it is asked before the heavy libraries are there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from graftlm.errors import UserError
 
+PARENT = os.getppid()
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -44,3 +45,9 @@ def place_here(environment: Mapping[str, str] = os.environ) -> Place:
         told = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         raise UserError(f"The environment names no rank: {told}.", "Start it through torchrun or with --gpus.")
     return Place(*map(int, values))
+
+
+def is_orphan(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torch's launcher, which started this rank, has been killed: nobody can stop or end the rank then, and the
+    store that ranks meet in died with it. Whoever else starts ranks may leave them alone."""
+    return "TORCHELASTIC_RUN_ID" in environment and os.getppid() != PARENT

@@ -191,7 +191,8 @@ class StageRun:
     def _run(self) -> None:
         if not self.saver.in_background:
             say(f"{self.stage.name}: a step waits while a checkpoint is written: memory holds no copy of it")
-        say(f"{self.stage.name}: {self.precision.name} on {self.precision.device.type}, attention by {self.attention}")
+        where = self.precision.device.type + ("" if self.ranks.is_alone else f", {self.ranks.count} ranks")
+        say(f"{self.stage.name}: {self.precision.name} on {where}, attention by {self.attention}")
         forget_peak_memory(self.precision.device)
         if not self.resume():
             with self.engine.whole_weights():
@@ -365,7 +366,7 @@ class StageRun:
         self.saver.save(step_folder(self.checkpoints, self.step), self.state())
 
     def _stop_if_asked(self, record: StepRecord) -> None:
-        if not self.ranks.any(self.stop.is_asked):
+        if not self.ranks.any(self.stop.is_heard()):
             return
         self.stop.is_asked = True
         if record.step % self.checkpoint_every != 0:

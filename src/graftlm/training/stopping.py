@@ -1,4 +1,4 @@
-"""A wish to stop, heard between steps: SIGINT and SIGTERM while a stage trains.
+"""A wish to stop, heard between steps: SIGINT and SIGTERM while a stage trains, or the end of what started a rank.
 
 Owns the handlers and nothing else: what is saved, and when, is the stage's.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from graftlm.run import say
+from graftlm.training.place import is_orphan
 
 
 class StopAsked:
@@ -28,6 +29,13 @@ class StopAsked:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def is_heard(self) -> bool:
+        """Whether somebody asked, or can no more: the launcher of this rank is gone."""
+        if not self.is_asked and is_orphan():
+            self.is_asked = True
+            say("What started this rank is gone: finishing this step, then saving")
+        return self.is_asked
 
     def _ask(self, number: int, _: Any) -> None:
         if self.is_asked:
