@@ -48,6 +48,16 @@ def test_one_json_object_and_nothing_else(run: Run, rows: Path, tmp_path: Path) 
     assert "⟦很好。</s>⟧" in err
 
 
+def test_a_pattern_is_one_source(run: Run, rows: Path) -> None:
+    (rows.parent / "rows-2.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    code, out, _ = run(rows.parent / "rows*.jsonl", "--json")
+    assert code == 0
+    assert list(json.loads(out)["files"]) == [str(rows.parent / "rows-2.jsonl"), str(rows)]
+    code, _, err = run(rows.parent / "none*.jsonl")
+    assert code == 2
+    assert f"No file matches {rows.parent}/none*.jsonl." in err
+
+
 def test_the_account_for_a_person(run: Run, rows: Path) -> None:
     code, out, _ = run(rows, "--show", 1, "--template", "alpaca")
     assert code == 0

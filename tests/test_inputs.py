@@ -63,3 +63,9 @@ def test_missing_ones_are_told_together_and_hub_ids_are_left_to_the_hub(tmp_path
     fields["data"]["sources"] = [{"path": "data/rows.jsonl"}]
     with pytest.raises(UserError, match=r"a path that does not exist:\n  data/rows.jsonl"):
         check_inputs(Recipe.model_validate(fields))
+    fields["data"]["sources"] = [{"path": str(tmp_path / "z?.txt")}]
+    check_inputs(Recipe.model_validate(fields))
+    fields["data"]["sources"] = [{"path": str(tmp_path / "rows-*")}]
+    fields["grow"] = {"vectors": str(tmp_path / "z?.txt")}  # is no source, and so no pattern
+    with pytest.raises(UserError, match=r"2 paths that do not exist:\n  .*/rows-\*\n  .*/z\?\.txt"):
+        check_inputs(Recipe.model_validate(fields))

@@ -230,6 +230,25 @@ def test_files_that_are_not_there_are_mistakes_where_asked(tmp_path: Path) -> No
     assert load_recipe(write(tmp_path, GOOD), needs_files=True).base.model == "owner/base"
 
 
+def test_a_source_may_be_a_pattern_and_no_other_path_may(tmp_path: Path) -> None:
+    for name in ("zh.txt", "rows-1.jsonl"):
+        write(tmp_path, "x", name)
+    path = write(tmp_path, GOOD.replace("path: rows.jsonl", "path: rows-*.jsonl"))
+    assert load_recipe(path, needs_files=True).data.sources[0].path == str(tmp_path / "rows-*.jsonl")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["data.sources.0.path=part-*", f"grow.vectors={tmp_path}/rows-*"], needs_files=True)
+    assert f"data.sources.0.path: no file matches {tmp_path / 'part-*'}" in caught.value.problem
+    assert f"grow.vectors: there is no file or folder {tmp_path / 'rows-*'}" in caught.value.problem
+
+
+def test_a_pattern_typed_is_one_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "here", "x", "rows-1.jsonl")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(write(tmp_path, GOOD), ["data.sources.0.path=rows-*.jsonl"])
+    assert recipe.data.sources[0].path == str(tmp_path / "here" / "rows-*.jsonl")
+
+
 def test_a_base_from_nothing_needs_no_name_of_its_training(tmp_path: Path) -> None:
     text = GOOD.replace("model: owner/base", "scratch: {text: [e.txt], training: {trains: {kind: full}}}")
     recipe = load_recipe(write(tmp_path, text))

@@ -33,6 +33,21 @@ def test_fingerprint_follows_content_not_name(tmp_path: Path) -> None:
     assert fingerprint("owner/name") == "hub:owner/name"
 
 
+def test_every_file_a_pattern_names_is_in_its_fingerprint(tmp_path: Path) -> None:
+    """A shard changed, added or renamed redoes the step; where the shards lie does not matter."""
+    marks = []
+    for name, text in (("a/part-1", "x"), ("a/deep/part-2", "y"), ("a/deep/part-2", "z"), ("a/other", "z")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        marks.append(fingerprint(tmp_path / "a" / "**" / "part-*"))
+    assert len(set(marks[:3])) == 3
+    assert marks[3] == marks[2]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert fingerprint(tmp_path / "moved" / "**" / "part-*") == marks[3]
+    (tmp_path / "moved" / "part-1").rename(tmp_path / "moved" / "part-0")
+    assert fingerprint(tmp_path / "moved" / "**" / "part-*") != marks[3]
+
+
 def test_the_key_holds_what_is_asked_given_and_went_before_but_not_where_files_lie() -> None:
     plain = order()
     assert order().key == plain.key

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graftlm.errors import UserError
 from graftlm.recipe import Recipe
-from graftlm.recipe_values import looks_like_hub_id
+from graftlm.recipe_values import has_files, looks_like_hub_id
 
 # Values of tokenizer.common_characters that are no file.
 NAMED_CHARACTERS = ("auto", "gb2312-1", "none")
@@ -37,9 +37,14 @@ def new_language_texts(recipe: Recipe) -> tuple[str, ...]:
 
 
 def missing_inputs(recipe: Recipe) -> list[str]:
-    """The local paths of the recipe that do not exist."""
-    paths = {path for named in inputs_of(recipe).values() for path in named}
-    return sorted(path for path in paths if not Path(path).exists() and not looks_like_hub_id(path))
+    """The local paths of the recipe that do not exist, and patterns that no file matches."""
+    data = recipe.data
+    may_be_pattern = {source.path for source in (*data.sources, *data.heldout, *data.text)} | {*recipe.tokenizer.text}
+
+    def is_there(path: str) -> bool:
+        return looks_like_hub_id(path) or (has_files(path) if path in may_be_pattern else Path(path).exists())
+
+    return sorted({path for named in inputs_of(recipe).values() for path in named if not is_there(path)})
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ from graftlm.recipe_values import (
     Positive,
     ScriptName,
     Section,
+    SourceLocation,
     StageName,
     resolve_path,
     values_of,
@@ -197,7 +198,7 @@ class Tokenizer(Section):
     """
 
     mode: Literal["continued", "merge", "card", "keep"] = "continued"
-    text: tuple[Location, ...] = ()
+    text: tuple[SourceLocation, ...] = ()
     pieces: Location | None = None
     script: tuple[ScriptName, ...] = ("Han",)
     num_pieces: Count | None = None
@@ -231,13 +232,13 @@ class Grow(Section):
 
 
 class Source(Section):
-    """One file, folder or data set of dialogues. `sample` draws that many of its rows by the data section's seed.
+    """One file, folder, pattern of files or data set of dialogues.
 
-    `split` and `config` choose within a hub data set. Optional filters: `simplify` makes Traditional Chinese
+    `sample` draws that many of its rows by the data section's seed. `split` and `config` choose within a hub data set. Optional filters: `simplify` makes Traditional Chinese
     Simplified; with `script`, rows with less than `min_script_share` of their letters in it are dropped.
     """
 
-    path: Location
+    path: SourceLocation
     format: Literal["auto", "alpaca", "belle", "sharegpt", "messages", "text"] = "auto"
     language: Literal["new", "old"] = "new"
     sample: Count | None = None

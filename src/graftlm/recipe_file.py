@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from graftlm.errors import UserError
 from graftlm.mistakes import Lines, Mistake, flags_told, mistakes_of, nearest
 from graftlm.recipe import Recipe
-from graftlm.recipe_values import Place
+from graftlm.recipe_values import Place, has_files
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
@@ -239,9 +239,10 @@ def _from_working_directory(value: Any) -> Any:
     """A path typed on the command line means the file the shell would complete, not one beside the recipe."""
     if isinstance(value, list):
         return [_from_working_directory(item) for item in value]
-    if isinstance(value, str) and ("/" in value or "." in value) and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().resolve())
-    return value
+    if not isinstance(value, str) or not ("/" in value or "." in value):
+        return value
+    path = Path(value).expanduser()
+    return str(path.resolve()) if has_files(path) else value
 
 
 def _key_in(container: Any, part: str, name: str) -> str | int:

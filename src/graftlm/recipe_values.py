@@ -1,11 +1,12 @@
 """What a recipe's values may be: its sections' manners, numbers, names, and paths made absolute.
 
-Owns that a section tells all its mistakes at once, and what a path or a hub id is. Does not know any section
-(`recipe.py`) or how mistakes are worded (`mistakes.py`).
+Owns that a section tells all its mistakes at once, and what a path, a pattern of names or a hub id is. Does not know
+any section (`recipe.py`) or how mistakes are worded (`mistakes.py`).
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -86,11 +87,43 @@ def looks_like_hub_id(text: str) -> bool:
     return not is_file and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
+def is_pattern(path: str | Path) -> bool:
+    """Whether a path is read as a pattern of names (`*`, `?`, `[...]`): one that exists as it stands is not."""
+    return re.search(r"[*?[]", str(path)) is not None and not os.path.exists(path)
+
+
+def folder_of_pattern(pattern: str | Path) -> Path:
+    """The last folder of a pattern that exists as it stands: below it names are compared, itself it may hold `[`."""
+    return next(folder for folder in Path(pattern).parents if folder.is_dir())
+
+
+def files_named(pattern: str | Path) -> list[Path]:
+    """The files a pattern names, by name: `**` is any number of folders, and names that begin with a dot are left out,
+    as in the shell. Empty where no file matches."""
+    folder = folder_of_pattern(pattern)
+    names = glob.glob(str(Path(pattern).relative_to(folder)), root_dir=folder, recursive=True)
+    return sorted({folder / name for name in names if (folder / name).is_file()})
+
+
+def has_files(path: str | Path) -> bool:
+    """Whether something lies at a path, or a pattern names a file."""
+    return os.path.exists(path) or (is_pattern(path) and bool(files_named(path)))
+
+
 def resolve_path(value: Any, info: ValidationInfo) -> Any:
     """Make a path relative to the recipe's folder absolute; leave hub ids as they are.
 
     Where the context asks for it (`needs_files`), a path at which nothing lies is a mistake.
     """
+    return _resolved(value, info, may_be_pattern=False)
+
+
+def resolve_source(value: Any, info: ValidationInfo) -> Any:
+    """As `resolve_path`, for what may also be a pattern: then it is a mistake that no file matches."""
+    return _resolved(value, info, may_be_pattern=True)
+
+
+def _resolved(value: Any, info: ValidationInfo, may_be_pattern: bool) -> Any:
     if not isinstance(value, str):
         return value
     context = info.context or {}
@@ -101,7 +134,10 @@ def resolve_path(value: Any, info: ValidationInfo) -> Any:
             return value
         path = path.resolve()
     if context.get("needs_files") and not os.path.exists(path):
-        raise ValueError(f"there is no file or folder {path}")
+        if not (may_be_pattern and is_pattern(path)):
+            raise ValueError(f"there is no file or folder {path}")
+        if not files_named(path):
+            raise ValueError(f"no file matches {path}")
     return str(path)
 
 
@@ -119,6 +155,9 @@ BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[StrictInt, Field(gt=0)]
 Location = Annotated[str, BeforeValidator(resolve_path)]
 """A local path (relative to the recipe's file) or a hub id."""
+
+SourceLocation = Annotated[str, BeforeValidator(resolve_source)]
+"""The same, or a pattern of file names."""
 
 ScriptName = Annotated[str, AfterValidator(_script)]
 StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")]

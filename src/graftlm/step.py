@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
+from graftlm.recipe_values import files_named, folder_of_pattern, is_pattern
 from graftlm.run import DONE, disk_errors, read_json, write_json
 
 STARTED = "started.json"
@@ -60,20 +61,25 @@ def key_of(*parts: Any) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """A sha256 over the contents of a file or of every file below a folder; a hub id is its own fingerprint.
+    """A sha256 over the contents of a file, of every file below a folder or of all that a pattern names; a hub id is
+    its own fingerprint.
 
     A file beyond 64 MiB is read at its first and last MiB and by its size: enough to notice another file, and
     weights carry manifests of their own. Raises UserError when a file cannot be read.
     """
     path = Path(path)
-    if not path.exists():
+    folder = folder_of_pattern(path) if is_pattern(path) else path
+    if not folder.exists():
         return f"hub:{path}"
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if folder != path:
+        files = files_named(path)
+    else:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     try:
         for file in files:
             size_bytes = file.stat().st_size
-            digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{size_bytes}\n".encode())
+            digest.update(f"{file.relative_to(folder) if folder.is_dir() else ''}:{size_bytes}\n".encode())
             with file.open("rb") as stream:
                 if size_bytes <= WHOLE_FILE_BYTES:
                     digest.update(stream.read())

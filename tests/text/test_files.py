@@ -78,6 +78,40 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
     assert [row["instruction"] for _, row in read(tmp_path)] == ["question 1", "question 0"]
 
 
+def test_a_pattern_names_files_in_order(tmp_path: Path) -> None:
+    """Below a folder whose own name holds a bracket; hidden files and folders are none of its files."""
+    shards = tmp_path / "corpus[1]"
+    for number, name in enumerate(("part-b.jsonl", "part-a.jsonl", "deep/part-c.jsonl", "deep/.part-d.jsonl", "rest")):
+        (shards / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(shards / name, [alpaca(f"question {number}", "", "答案")])
+    (shards / "part-folder.jsonl").mkdir()
+
+    def asked(pattern: str) -> list[str]:
+        return [row["instruction"][-1] for _, row in read(shards / pattern)]
+
+    assert asked("part-*.jsonl") == ["1", "0"]
+    assert asked("**/*.jsonl") == ["2", "1", "0"]
+    assert asked("part-[b-z].jsonl") == ["0"]
+    with pytest.raises(UserError, match=r"No file matches .*corpus\[1\]/none-\*\."):
+        read(shards / "none-*")
+
+
+def test_a_file_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows-1.jsonl", ROWS[:1])
+    write_rows(tmp_path / "rows-[1].jsonl", ROWS[1:2])
+    assert [row for _, row in read(tmp_path / "rows-[1].jsonl")] == ROWS[1:2]
+
+
+def test_folders_within_a_folder_are_not_read_and_a_pattern_is_told_for_them(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write_rows(tmp_path / "deep" / "rows.jsonl", ROWS)
+    with pytest.raises(UserError) as told:
+        read(tmp_path)
+    assert f"'{tmp_path}/**/*.jsonl'" in told.value.fix
+    write_rows(tmp_path / "rows.jsonl", ROWS[:1])
+    assert [row for _, row in read(tmp_path)] == ROWS[:1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [

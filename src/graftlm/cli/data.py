@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def data(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders or hub ids.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders, patterns or hub ids.")],
     format: Annotated[str, typer.Option(help="auto, alpaca, belle, sharegpt, messages or text.")] = "auto",
     template: Annotated[str, typer.Option(help="card, alpaca, tokenizer or a .jinja file.")] = "card",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder, to count tokens.")] = None,

@@ -16,6 +16,7 @@ from graftlm.health.row_facts import RowFacts, estimated_rows
 from graftlm.model.shapes import Shape, find_shape, shape_of
 from graftlm.model.weights import read_model_config
 from graftlm.recipe import Recipe, Scratch, Source
+from graftlm.recipe_values import files_named, has_files
 from graftlm.run import read_json
 from graftlm.text.files import open_files
 from graftlm.text.readers import read_source
@@ -146,7 +147,7 @@ def _counts_told(num_rows: int, tokens: float, share: float) -> str:
 def _source_facts(source: Source) -> tuple[int, float, float, str]:
     """Rows, tokens of one, share of labels, and how that is known."""
     path = Path(source.path)
-    if not path.exists():
+    if not has_files(path):
         rows = source.sample or UNKNOWN_ROWS
         known = "" if source.sample else f", {UNKNOWN_ROWS:,} rows assumed"
         return rows, BELLE_TOKENS, BELLE_LABEL_SHARE, f"{path.name} is not here: lengths as of BELLE{known}"
@@ -203,5 +204,5 @@ def _plain_rows(paths: Sequence[str], row_tokens: int) -> RowFacts:
 
 def _sizes(paths: Sequence[str]) -> Iterator[int]:
     for path in map(Path, paths):
-        files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+        files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else files_named(path)
         yield from (file.stat().st_size for file in files if file.is_file())

@@ -1,4 +1,4 @@
-"""Rows out of files: JSON, JSON lines, Parquet, CSV, plain text, folders of them, data sets of the hub.
+"""Rows out of files: JSON, JSON lines, Parquet, CSV, plain text, folders and patterns of them, data sets of the hub.
 
 Owns file forms and where each row stands (`file:line`; in a JSON array `file item N`; Parquet and the hub have no
 lines, there the row's number). Does not know what a row means: `readers` makes dialogues of rows, `texts` plain
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftlm.errors import UserError
-from graftlm.recipe_values import looks_like_hub_id
+from graftlm.recipe_values import files_named, is_pattern, looks_like_hub_id
 from graftlm.text.json_rows import json_array, json_lines
 from graftlm.text.lines import Row, documents, read_lines
 
@@ -46,7 +46,8 @@ class File:
 
 
 def open_files(path: str | Path, *, split: str | None = None, config: str | None = None) -> Iterator[File]:
-    """The file at `path`, the files in a folder by name, or a hub data set's split.
+    """The file at `path`, the files in a folder (not in folders within it) or those a pattern names, each by name, or
+    a hub data set's split.
 
     The rows of plain text are its documents: blocks between blank lines. Raises UserError: missing, foreign or not
     whole, told at the latest when the rows are read.
@@ -61,9 +62,14 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
     elif file.is_dir():
         found = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())
         if not found:
-            raise UserError(f"{file} holds no {', '.join(SUFFIXES)} file.", "Give a folder of such files, or one file.")
-        for one in found:
-            yield _open(one)
+            fix = f"Give a folder of such files, one file, or a pattern: '{file}/**/*.jsonl' looks in folders below it."
+            raise UserError(f"{file} holds no {', '.join(SUFFIXES)} file.", fix)
+        yield from map(_open, found)
+    elif is_pattern(file):
+        if not (found := files_named(file)):
+            fix = "Mend the pattern: * is any part of a name, ** any number of folders."
+            raise UserError(f"No file matches {file}.", fix)
+        yield from map(_open, found)
     else:
         yield _open(file)
 
