@@ -234,8 +234,9 @@ class Grow(Section):
 class Source(Section):
     """One file, folder, pattern of files or data set of dialogues.
 
-    `sample` draws that many of its rows by the data section's seed. `split` and `config` choose within a hub data set. Optional filters: `simplify` makes Traditional Chinese
-    Simplified; with `script`, rows with less than `min_script_share` of their letters in it are dropped.
+    `sample` draws that many of its rows by the data section's seed. `split` and `config` choose within a hub data set.
+    Optional filters: `simplify` makes Traditional Chinese Simplified; with `script`, rows with less than
+    `min_script_share` of their letters in it are dropped.
     """
 
     path: SourceLocation

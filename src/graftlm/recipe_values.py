@@ -34,7 +34,8 @@ Place = tuple[str | int, ...]
 
 # A name that ends so is a file, though `data/rows.jsonl` has the form of an id on the hub.
 FILE_SUFFIXES = (
-    ".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip", ".model", ".safetensors", ".jinja",
+    ".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".model",
+    ".safetensors", ".jinja",
 )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_folders_within_a_folder_are_not_read_and_a_pattern_is_told_for_them(tmp
         ("rows.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(200), "it is a PNG picture"),
         ("rows", b"\xff\xd8\xff\xe0" + bytes(200), "it is a JPEG picture"),
         ("rows.json", b"PK\x03\x04" + bytes(200), "it is a ZIP archive"),
-        ("rows.jsonl", b"\x1f\x8b\x08" + bytes(200), "gunzip it first"),
+        ("rows.jsonl", b"\x1f\x8b\x08" + bytes(200), "not a whole gzip file"),
         ("rows.txt", "你好".encode("utf-16"), "it is UTF-16"),
         ("rows.jsonl", '{"instruction": "你好", "output": "好"}\n'.encode("gb18030"), "not UTF-8"),
         ("rows.parquet", b"PAR1" + bytes(50), "not a whole Parquet file"),

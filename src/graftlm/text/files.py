@@ -1,4 +1,4 @@
-"""Rows out of files: JSON, JSON lines, Parquet, CSV, plain text, folders and patterns of them, data sets of the hub.
+"""Rows out of files: JSON, JSON lines, Parquet, CSV, plain text, packed or not, folders of them, data sets of the hub.
 
 Owns file forms and where each row stands (`file:line`; in a JSON array `file item N`; Parquet and the hub have no
 lines, there the row's number). Does not know what a row means: `readers` makes dialogues of rows, `texts` plain
@@ -19,16 +19,19 @@ from graftlm.errors import UserError
 from graftlm.recipe_values import files_named, is_pattern, looks_like_hub_id
 from graftlm.text.json_rows import json_array, json_lines
 from graftlm.text.lines import Row, documents, read_lines
+from graftlm.text.unpacked import inner_name, packing_of, unpacked, unpacking_command
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
-"""What is read out of a folder. A file named by itself may have any suffix: its first bytes tell its form."""
+"""What is read out of a folder, packed (`.gz`, `.zst`) or not. A file named by itself may have any suffix: its first
+bytes tell its form."""
 
 COUNTED_BYTES = 20_000_000
 """From this size on it pays to count a file's lines first, so that progress can tell the time left."""
 
 _FOREIGN = (
     (b"\x89PNG", "a PNG picture"), (b"\xff\xd8\xff", "a JPEG picture"), (b"GIF8", "a GIF picture"),
-    (b"%PDF", "a PDF document"), (b"PK\x03\x04", "a ZIP archive"), (b"\x1f\x8b", "a gzip archive: gunzip it first"),
+    (b"%PDF", "a PDF document"), (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "packed twice"), (b"\x28\xb5\x2f\xfd", "packed twice"),
     (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
 )  # fmt: skip
 
@@ -37,7 +40,7 @@ Form = Literal["jsonl", "json", "parquet", "csv", "text", "hub"]
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file or hub data set; `num_rows` is known for Parquet and for large files of lines."""
+    """One file or hub data set; `num_rows` is known for Parquet and for large files of lines that are not packed."""
 
     name: str
     form: Form
@@ -60,7 +63,7 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
     if not file.exists() and looks_like_hub_id(str(path)):
         yield _hub_file(str(path), split, config)
     elif file.is_dir():
-        found = sorted(one for one in file.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())
+        found = sorted(one for one in file.iterdir() if _is_of_rows(one) and one.is_file())
         if not found:
             fix = f"Give a folder of such files, one file, or a pattern: '{file}/**/*.jsonl' looks in folders below it."
             raise UserError(f"{file} holds no {', '.join(SUFFIXES)} file.", fix)
@@ -74,6 +77,10 @@ def open_files(path: str | Path, *, split: str | None = None, config: str | None
         yield _open(file)
 
 
+def _is_of_rows(path: Path) -> bool:
+    return inner_name(path).suffix.lower() in SUFFIXES
+
+
 def _open(path: Path) -> File:
     form = _form_of(path)
     if form == "parquet":
@@ -83,19 +90,22 @@ def _open(path: Path) -> File:
 
 
 def _form_of(path: Path) -> Form:
-    """By suffix where that decides, else by the first bytes. Raises UserError for what is none of them."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(65_536)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Give the path of an existing file.") from None
-    suffix = path.suffix.lower()
+    """By suffix (of a packed file the one before it) where that decides, else by the first bytes. Raises UserError for
+    what is none of them."""
+    with unpacked(path) as stream:
+        head = stream.read(65_536)
+    suffix = inner_name(path).suffix.lower()
     if head.startswith(b"PAR1") or suffix == ".parquet":
+        if command := unpacking_command(path):
+            fix = f"Unpack it: {command} > {inner_name(path).name}"
+            raise UserError(f"{path} is a packed Parquet file, which cannot be read as it comes.", fix)
         return "parquet"
     for mark, what in _FOREIGN:
         if head.startswith(mark):
             fix = "Convert it: iconv -f UTF-16 -t UTF-8" if what == "UTF-16" else f"Give {', '.join(SUFFIXES)} files."
             raise UserError(f"{path} is no text of rows: it is {what}.", fix)
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path} is no text of rows: it is a tar archive.", f"Unpack it: tar -xf {path}")
     if suffix in (".csv", ".tsv"):
         return "csv"
     if suffix in (".jsonl", ".ndjson"):
@@ -116,7 +126,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _count_lines(path: Path) -> int | None:
-    if path.stat().st_size < COUNTED_BYTES:
+    if path.stat().st_size < COUNTED_BYTES or packing_of(path):
         return None
     with path.open("rb") as stream:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
@@ -125,7 +135,7 @@ def _count_lines(path: Path) -> int | None:
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Rows by the names in the first line; a field may hold line ends between quotes."""
     lines = csv.reader(
-        (f"{line}\n" for line in read_lines(path)), delimiter="\t" if path.suffix.lower() == ".tsv" else ","
+        (f"{line}\n" for line in read_lines(path)), delimiter="\t" if inner_name(path).suffix.lower() == ".tsv" else ","
     )
     names: list[str] | None = None
     while True:

@@ -14,6 +14,9 @@ from typing import Any
 from graftlm.errors import UserError
 from graftlm.text.lines import Row, decoded, not_utf8, raw_lines, read_lines
 
+LARGEST_ARRAY_BYTES = 2**31
+"""An array lies in memory whole; a packed one may be a thousand times its file."""
+
 _LONGEST_NUMBER = 300
 
 
@@ -78,7 +81,7 @@ def json_array(path: Path) -> Iterator[Row]:
 
     An array is often written on a single line: of its elements the number says where, a line would not.
     """
-    text = "\n".join(read_lines(path))
+    text = _whole_text(path)
     decoder = _Decoder()
     position, number, begin = _next(text, 0), 0, 0
     is_array = text[position : position + 1] == "["
@@ -105,6 +108,20 @@ def json_array(path: Path) -> Iterator[Row]:
         line = 1 + text.count("\n", 0, begin)
         item = f" item {number}:" if is_array and number else ""
         raise UserError(f"{path}:{line}:{item} {what}.", fix) from None
+
+
+def _whole_text(path: Path) -> str:
+    """All of a file's text. Raises UserError as `read_lines`, and where it is more than memory should hold."""
+    lines, num_characters = [], 0
+    for line in read_lines(path, longest_bytes=LARGEST_ARRAY_BYTES):
+        num_characters += len(line) + 1
+        if num_characters > LARGEST_ARRAY_BYTES:
+            raise UserError(
+                f"{path} holds more than {LARGEST_ARRAY_BYTES:,} characters, and a JSON array is read whole.",
+                f"Give one row a line: jq -c '.[]' {path} > {path.stem}.jsonl",
+            )
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _next(text: str, position: int) -> int:

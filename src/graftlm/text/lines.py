@@ -1,16 +1,22 @@
 """Lines of text files: their encoding, where they stand, and documents made of them.
 
-Owns that text is UTF-8 and what is said when it is not. Does not know what lines hold.
+Owns that text is UTF-8, what is said when it is not, and how long a line may be. Does not know what lines hold, nor how
+a file is packed (`unpacked.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from graftlm.errors import UserError
+from graftlm.text.unpacked import inner_name, unpacked, unpacking_command
+
+LONGEST_LINE_BYTES = 2**28
+"""A line lies in memory whole, and a small packed file may hold an endless one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +28,9 @@ class Row:
     problem: str = ""
 
 
-def read_lines(path: str | Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends. Raises UserError for a missing file or another encoding."""
-    for number, raw in raw_lines(Path(path)):
+def read_lines(path: str | Path, *, longest_bytes: int = LONGEST_LINE_BYTES) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends. Raises UserError as `raw_lines`, and for another encoding."""
+    for number, raw in raw_lines(Path(path), longest_bytes=longest_bytes):
         try:
             yield decoded(raw, number)
         except UnicodeDecodeError as error:
@@ -46,13 +52,22 @@ def documents(path: Path) -> Iterator[Row]:
         yield Row(f"{path}:{first}", "\n".join(block))
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines as bytes, with their ends and numbers (from 1). Raises UserError for a missing file."""
-    try:
-        with path.open("rb") as stream:
-            yield from enumerate(stream, start=1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Give the path of an existing file.") from None
+def raw_lines(path: Path, *, longest_bytes: int = LONGEST_LINE_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Lines as bytes, with their ends and numbers (from 1), of a packed file those within.
+
+    Raises UserError for a file that is missing or not whole, and for a line beyond `longest_bytes`.
+    """
+    with unpacked(path) as stream:
+        for number in count(1):
+            raw = stream.readline(longest_bytes + 1)
+            if not raw:
+                return
+            if len(raw) > longest_bytes:
+                raise UserError(
+                    f"{path}:{number}: a line of more than {longest_bytes:,} bytes.",
+                    "Give one row a line, or leave that line out; is this a file of text?",
+                )
+            yield number, raw
 
 
 def decoded(raw: bytes, number: int) -> str:
@@ -65,7 +80,9 @@ def not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> UserError:
     try:
         error.object.decode("gb18030")
         found = "it reads as GB18030, as older Chinese files do"
-        fix = f"Convert it: iconv -f GB18030 -t UTF-8 {path} > {path.stem}.utf8{path.suffix}"
+        unpack, inner = unpacking_command(path), inner_name(path)
+        read, given = (f"{unpack} | ", "") if unpack else ("", f" {path}")
+        fix = f"Convert it: {read}iconv -f GB18030 -t UTF-8{given} > {inner.stem}.utf8{inner.suffix}"
     except UnicodeDecodeError:
         found, fix = "nor is it GB18030", "Convert it to UTF-8, or remove that line."
     return UserError(f"{path}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); {found}.", fix)
