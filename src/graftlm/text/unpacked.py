@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 from graftlm.errors import UserError
 
@@ -56,7 +56,7 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
             )
         with path.open("rb") as stream:
             if packing == "gzip":
-                yield gzip.GzipFile(fileobj=stream)
+                yield cast(IO[bytes], gzip.GzipFile(fileobj=stream))
             elif packing == "Zstandard":
                 import pyarrow  # for its Zstandard: Python has none of its own before 3.14
 
