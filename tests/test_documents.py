@@ -20,6 +20,7 @@ import typer
 import yaml
 
 from graftlm.cli.app import app, main
+from graftlm.cli.launch import Machines, machines_of
 from graftlm.model.causal import new_causal, save_causal
 from graftlm.recipe import Stage
 from graftlm.recipe_file import load_recipe
@@ -115,16 +116,24 @@ def _check_torchrun(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS[1])
-def test_the_batch_script_for_slurm_starts_torchrun(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked with Slurm's variables set by hand: there is no Slurm here."""
+def test_scripts_for_ssh_and_slurm_start_the_run_on_two_machines(
+    name: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked with their variables set by hand: there is neither another machine nor Slurm here."""
     monkeypatch.chdir(desk)
-    (script,) = blocks(name, "bash")
-    (line,) = re.findall(r"srun bash -c '(torchrun [^']*)'", script)
-    words = line.replace("\\\n", " ")
-    for variable, value in (("$SLURM_NNODES", "2"), ("$SLURM_NODEID", "0"), ("$FIRST", "node1")):
-        assert variable in words
-        words = words.replace(variable, value)
-    _check_torchrun(shlex.split(words)[1:])
+    of_ssh, of_slurm = blocks(name, "bash")
+    (by_ssh,) = re.findall(r'ssh machine-\$n "cd graftlm && graftlm run ([^"]*)" &', of_ssh)
+    (by_slurm,) = re.findall(r"srun bash -c 'graftlm run ([^']*)'", of_slurm)
+    slurms = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "1", "$FIRST": "machine-0"}
+    for line, variables in ((by_ssh, {"$n": "1"}), (by_slurm, slurms)):
+        words = line.replace("\\\n", " ")
+        for variable, value in variables.items():
+            assert variable in words
+            words = words.replace(variable, value)
+        given = typer.main.get_command(app).commands["run"].make_context("run", shlex.split(words)).params
+        found = machines_of(given["nodes"], given["node_rank"], given["master"], given["gpus"])
+        assert found == Machines(2, 1, "machine-0", 29500)
+        load_recipe(Path(given["recipe"]))
 
 
 def _value(words: list[str], flag: str) -> str:
