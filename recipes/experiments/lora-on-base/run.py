@@ -199,13 +199,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
     untrained = results["untrained_loss"]
     image = axes.imshow(np.clip(losses, None, 1.3 * untrained), cmap="viridis_r", aspect="auto")
     for (place, column), told in np.ndenumerate(words):
-        is_dark = losses[place, column] > untrained
+        is_dark = np.isfinite(losses[place, column]) and image.norm(losses[place, column]) > 0.5
         colour = "white" if is_dark else "grey" if told == "not run" else "black"
         axes.text(column, place, told, ha="center", va="center", color=colour)
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axes.set_yticks(range(len(ORDERS) * len(ARMS)), [f"{order}, {arm}" for order in ORDERS for arm in ARMS])
     axes.set_xlabel("peak learning rate of the LoRA stage")
-    axes.set_title(f"held-out loss after {results['steps']} steps (untrained {untrained:.2f} nats)")
+    axes.set_title(f"held-out loss, {results['steps']} steps of LoRA (untrained {untrained:.2f} nats)")
     figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(file)
