@@ -23,8 +23,8 @@ from graftlm.run import DONE, disk_errors, read_json, write_json
 STARTED = "started.json"
 WHOLE_FILE_BYTES = 64 * 2**20
 LINKED_BYTES = 2**20
-# Several times the model's size, and needed only until the step is finished.
-ONLY_WHILE_UNFINISHED = ("checkpoints", "best")
+# Several times the size of the model or of the text, and needed only until the step is finished.
+ONLY_WHILE_UNFINISHED = ("checkpoints", "best", "shelf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,10 @@ class Step:
         """Whether hours may lie here that no done mark speaks for yet."""
         return not self.is_finished and (self.folder / "checkpoints").exists()
 
+    @property
+    def _holds_unfinished_work(self) -> bool:
+        return not self.is_finished and any((self.folder / name).exists() for name in ONLY_WHILE_UNFINISHED)
+
     def is_done(self, key: str) -> bool:
         """Whether the step finished with exactly this key. Raises UserError when a file of its result is gone."""
         if not self.is_finished:
@@ -148,7 +152,7 @@ class Step:
         return started.exists() and read_json(started)["key"] != key
 
     def begin(self, order: Order) -> None:
-        """Make the folder ready: training interrupted under this key is continued, anything else is cleared.
+        """Make the folder ready: what was interrupted under this key is continued, anything else is cleared.
 
         Raises UserError when the folder holds unfinished training asked for otherwise: going on would change the
         maths, and clearing it would lose work.
@@ -160,7 +164,7 @@ class Step:
             )
         if self.is_begun_with_another(order.key):
             self.refuse_lost_training(self.changes(order))
-        elif (self.folder / STARTED).exists() and self.holds_unfinished_training:
+        elif (self.folder / STARTED).exists() and self._holds_unfinished_work:
             return
         with disk_errors(self.folder):
             if self.folder.exists():

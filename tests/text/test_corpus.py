@@ -197,10 +197,10 @@ def test_no_list_of_all_dialogues_is_kept(
     assert max(alive) <= 3 * 50
 
 
-def test_an_interrupted_step_leaves_nothing_and_is_done_anew(
+def test_an_interrupted_step_leaves_only_what_it_goes_on_from(
     tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while rows are rendered: no half file, no dialogues left on disk."""
+    """Ctrl-C while rows are rendered: no half file, only the dialogues as they were read."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -210,9 +210,10 @@ def test_an_interrupted_step_leaves_nothing_and_is_done_anew(
         patched.setattr("graftlm.text.fit.render_many", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path, llama_tokenizer, sources=sources, heldout_rows=2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shelf"]
     check_account(prepare(tmp_path, llama_tokenizer, sources=sources, heldout_rows=2))
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert not (tmp_path / "out" / "shelf").exists()
 
 
 def test_quantiles_of_counts_are_those_of_the_numbers() -> None:
@@ -257,17 +258,18 @@ def test_nothing_left_is_told_with_the_counts(tmp_path: Path, llama_tokenizer: T
 
 
 def test_a_full_disk_is_told(tmp_path: Path, llama_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D1 for the data step."""
+    """D1 for the data step: what was read and counted stays, anything less does not."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("rows_file._write_header", "shelf.np.concatenate", "piles.np.argsort"):
+    places = {"shelf.np.concatenate": [], "piles.np.argsort": [], "rows_file._write_header": ["shelf"]}
+    for place, left in places.items():
         with monkeypatch.context() as patched:
             patched.setattr(f"graftlm.text.{place}", fail)
             with pytest.raises(DiskError, match="No space left"):
                 prepare(tmp_path, llama_tokenizer, sources=numbered(3), heldout=numbered(1, "h"))
-        assert list((tmp_path / "out").iterdir()) == []
+        assert [path.name for path in (tmp_path / "out").iterdir()] == left
 
 
 @pytest.mark.slow

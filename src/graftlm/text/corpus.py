@@ -7,6 +7,7 @@ not kept in memory: between reading and rendering they lie on a shelf (`shelf.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from graftlm.errors import UserError
+from graftlm.errors import DiskError, UserError
 from graftlm.recipe import Data, Source
 from graftlm.run import disk_errors, say, write_json
 from graftlm.text.counting import Counting, DataReport
@@ -30,9 +31,10 @@ from graftlm.text.near import drop_near_duplicates
 from graftlm.text.readers import Reading, dialogues_of, read_conversations
 from graftlm.text.rows import rows_meta, text_rows
 from graftlm.text.rows_file import rows_file
-from graftlm.text.shelf import CHUNK, REASONS, Fate, Shelf, shelf_in
+from graftlm.text.shelf import CHUNK, REASONS, Fate, Shelf, kept_shelf
 from graftlm.text.tokenizer import Tokenizer
 
+SHELF = "shelf"
 LANGUAGES: tuple[Language, ...] = ("new", "old")
 HELDOUT_SHARE = 10
 """At most one row in ten is taken away from training to be held out."""
@@ -41,20 +43,30 @@ HELDOUT_SHARE = 10
 def prepare_data(section: Data, tokenizer: Tokenizer, template: Template, out: Path) -> DataReport:
     """Read, clean, split and render the section's sources into `out`: train/, heldout-*/, heldout-*.jsonl, text/.
 
+    Where the work was cut off after the shelf in `out` was filled, it goes on from there, to the same bytes: `out` must
+    then be of the same section, sources and tokenizer, which `step.py` sees to.
     Raises UserError when nothing is left to learn from or to be judged by; DiskError.
     """
-    counting = Counting()
     fitter = Fitter(tokenizer, template, section.max_tokens, section.too_long)
     meta = rows_meta(tokenizer, template.fingerprint, section.max_tokens)
-    with shelf_in(out) as shelf:
-        _fill(shelf, section, counting)
+    with disk_errors(out):
+        shelf, counting = _filled(out / SHELF, section)
+    try:
         _save_learned(shelf, fitter, counting, meta, out / "train")
         heldout_rows = _save_heldout(shelf, replace(fitter, keeps_beginning=True), counting, meta, out)
+    except DiskError:
+        raise  # once there is room, it goes on
+    except UserError:
+        shelf.forget()  # as it was asked it cannot be done
+        raise
+    finally:
+        shelf.close()
     report = counting.report()
     report.heldout_rows = heldout_rows
     if section.text:
         _prepare_text(section, tokenizer, out / "text", meta)
     write_json(out / "data.json", asdict(report))
+    shelf.forget()
     return report
 
 
@@ -65,6 +77,25 @@ class _Stretch:
     source: Source
     begin: int
     end: int
+
+
+def _filled(folder: Path, section: Data) -> tuple[Shelf, Counting]:
+    """The shelf with every dialogue and its fate, and the account of them: as it was kept there, else made."""
+    if kept := kept_shelf(folder):
+        say("the dialogues were read before: rendering them")
+        return kept[0], Counting.after_reading(kept[1])
+    shutil.rmtree(folder, ignore_errors=True)  # of a kill while it was filled
+    folder.mkdir(parents=True)
+    shelf, counting = Shelf(folder), Counting()
+    try:
+        _fill(shelf, section, counting)
+        shelf.keep(asdict(counting))
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a full disk: what stopped the step matters more
+            shelf.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return shelf, counting
 
 
 def _fill(shelf: Shelf, section: Data, counting: Counting) -> None:

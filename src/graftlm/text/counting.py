@@ -73,6 +73,12 @@ class Counting:
         for own, found in ((self.dropped, reading.dropped), (self.cut, reading.cut), (self.cleaned, reading.cleaned)):
             own.merge(found)
 
+    @classmethod
+    def after_reading(cls, account: Mapping[str, Any]) -> Counting:
+        """What `asdict` made of one to which no dialogue had been counted yet that is learned."""
+        read = {name: account[name] for name in ("rows_read", "files")}
+        return cls(**read, **{name: Tally(**account[name]) for name in ("dropped", "cut", "cleaned")})
+
     def is_kept(self, fitted: Fitted) -> bool:
         """Count what became of one dialogue; whether it has rows."""
         if not fitted.rows:

@@ -113,6 +113,8 @@ def rows_file(folder: Path, num_pieces: int, meta: Mapping[str, Any]) -> Iterato
     try:
         with disk_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
+            for left in folder.parent.glob(f".{folder.name}-*"):  # of a kill
+                shutil.rmtree(left)
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             os.chmod(partial, 0o755)
             file = RowsFile(partial, num_pieces)

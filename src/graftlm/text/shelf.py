@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from array import array
@@ -15,16 +16,19 @@ from collections.abc import Iterator
 from enum import IntEnum
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from graftlm.run import disk_errors
+from graftlm.run import disk_errors, read_json, write_json
 from graftlm.text.dialogue import Conversation, Message
 from graftlm.text.tally import NUM_EXAMPLES, Tally
 
 CHUNK = 8192
 """Dialogues whose places in the file are read at a time."""
+
+
+FATES, KEPT = "fates.npy", "kept.json"
 
 
 class Fate(IntEnum):
@@ -50,13 +54,14 @@ REASONS = {
 class Shelf:
     """N dialogues in the order they were put there; `fates` (N,) is what becomes of each, once all are there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fates: np.ndarray | None = None) -> None:
         self.folder = folder
-        self.fates = np.zeros(0, np.uint8)
-        self._num, self._size = 0, 0
+        self.fates = np.zeros(0, np.uint8) if fates is None else fates
+        self._num, self._size = len(self.fates), 0
         self._recent = array("q", [0])
-        self._dialogues = (folder / "dialogues.jsonl").open("wb")
-        self._offsets = (folder / "offsets").open("wb")
+        mode = "wb" if fates is None else "rb"  # one that was kept is only read
+        self._dialogues = (folder / "dialogues.jsonl").open(mode)
+        self._offsets = (folder / "offsets").open(mode)
 
     def __len__(self) -> int:
         return self._num
@@ -82,6 +87,19 @@ class Shelf:
         self._write_offsets()
         self.close()
         self.fates = np.concatenate([self.fates, np.zeros(self._num - len(self.fates), np.uint8)])
+
+    def keep(self, account: dict[str, Any]) -> None:
+        """Make it last beyond this process, fates and `account` with it: `kept_shelf` finds it. Raises OSError."""
+        np.save(self.folder / FATES, self.fates)
+        for name in ("dialogues.jsonl", "offsets", FATES):
+            with (self.folder / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        write_json(self.folder / KEPT, account)  # last of all: where it lies, all else is whole
+
+    def forget(self) -> None:
+        """Delete it: first that it was kept, so that a kill leaves none that seems whole."""
+        (self.folder / KEPT).unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close the files."""
@@ -129,6 +147,13 @@ class Shelf:
 def _conversation(raw: bytes) -> Conversation:
     source, language, said = json.loads(raw.decode("utf-8", "surrogatepass"))
     return Conversation(tuple(Message(*message) for message in said), source, language)
+
+
+def kept_shelf(folder: Path) -> tuple[Shelf, dict[str, Any]] | None:
+    """The shelf that was kept in `folder`, as it was then, and its account; None where none was. Raises UserError."""
+    if not (folder / KEPT).exists():
+        return None
+    return Shelf(folder, np.load(folder / FATES)), read_json(folder / KEPT)
 
 
 @contextlib.contextmanager
