@@ -3,8 +3,9 @@
     python bench/ranks.py [--ranks 2] [--quick] [--out bench/results/DATE-cpu-ranks.json]
 
 A random Llama, rows of 40 to 250 tokens, 32 a step in micro-batches of 1,024 tokens, full training and LoRA, fp32.
-Arms, A/B/A: one rank of one thread; N ranks of one thread each; and, once, one rank of N threads, which is what the
-same cores do without ranks. Every rank is bound to a core of its own where there are enough. Gate: the first step's
+Arms, A/B/B'/A: one rank of one thread; N ranks of one thread each; the same with the decoder layers shared out
+(ranks.shard=full), whose collectives come within the passes; and, once, one rank of N threads, which is what the same
+cores do without ranks. Every rank is bound to a core of its own where there are enough. Gate: the first step's
 loss is that of one rank. Take it on a quiet machine; `--quick` is a small model and two timed steps, for trying the
 script out.
 """
@@ -54,7 +55,7 @@ def rows(count: int) -> Any:
     return TokenRows(ids, place >= np.repeat(lengths // 2, lengths), offsets, np.full(count, 90, np.int64))
 
 
-def train(rank: int, count: int, threads: int, port: int, work: Work, folder: Path) -> None:
+def train(rank: int, count: int, threads: int, port: int, work: Work, shard: str, folder: Path) -> None:
     """One rank of an arm, in a process of its own; rank 0 leaves what it measured in `folder`."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= count * threads:
@@ -78,7 +79,7 @@ def train(rank: int, count: int, threads: int, port: int, work: Work, folder: Pa
         num_rows=NUM_PIECES, hidden_size=work.hidden_size, num_layers=work.num_layers, num_heads=8,
         intermediate_size=work.hidden_size * 8 // 3, seed=0,
     )  # fmt: skip
-    with joined(Place(rank, count, rank, count), {}, torch.device("cpu"), 600, 120) as ranks:
+    with joined(Place(rank, count, rank, count), {}, torch.device("cpu"), 600, 120, shard) as ranks:
         run = StageRun(
             model, stage, rows(32 * work.num_steps), {}, folder, torch.device("cpu"), FIRST_NEW_ID, ranks=ranks
         )
@@ -101,21 +102,21 @@ def train(rank: int, count: int, threads: int, port: int, work: Work, folder: Pa
     row_tokens = [int(sum(lengths[row] for row in line["row_ids"])) for line in timed_steps]
     seconds = [line["seconds"] for line in timed_steps]
     found = {
-        "ranks": count, "threads": threads, "first_loss": steps[0]["loss"], "step_seconds": seconds,
+        "ranks": count, "threads": threads, "shard": shard, "first_loss": steps[0]["loss"], "step_seconds": seconds,
         "row_tokens_per_second": sum(row_tokens) / sum(seconds),
         "sum_seconds": statistics.median(inside[WARM_UP:]) if count > 1 else 0.0,
     }  # fmt: skip
     (folder / "found.json").write_text(json.dumps(found))
 
 
-def arm(count: int, threads: int, work: Work) -> dict[str, Any]:
-    """Train with `count` ranks of `threads` threads; raises where a rank failed."""
+def arm(count: int, threads: int, work: Work, shard: str = "none") -> dict[str, Any]:
+    """Train with `count` ranks of `threads` threads, their layers cut as `shard` says; raises where a rank failed."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        given = (count, threads, port, work, Path(folder))
+        given = (count, threads, port, work, shard, Path(folder))
         processes = [context.Process(target=train, args=(rank, *given)) for rank in range(count)]
         for process in processes:
             process.start()
@@ -129,17 +130,18 @@ def arm(count: int, threads: int, work: Work) -> dict[str, Any]:
 
 def measured(count: int, work: Work) -> dict[str, Any]:
     """One rank, several, one again, and one of several threads; with what they say of each other."""
-    before, many, after = arm(1, 1, work), arm(count, 1, work), arm(1, 1, work)
+    before, many, cut, after = arm(1, 1, work), arm(count, 1, work), arm(count, 1, work, "full"), arm(1, 1, work)
     threaded = arm(1, count, work)
-    losses = [before["first_loss"], many["first_loss"], after["first_loss"], threaded["first_loss"]]
+    losses = [one["first_loss"] for one in (before, many, cut, after, threaded)]
     if max(losses) - min(losses) > 1e-4 * losses[0]:
         raise RuntimeError(f"the arms do not train the same: first losses {losses}")
     one = (before["row_tokens_per_second"] + after["row_tokens_per_second"]) / 2
     return {
         "work": asdict(work),
-        "arms": [before, many, after, threaded],
+        "arms": [before, many, cut, after, threaded],
         "speed_up": many["row_tokens_per_second"] / one,
         "efficiency": many["row_tokens_per_second"] / one / count,
+        "sharded_against_many": cut["row_tokens_per_second"] / many["row_tokens_per_second"],
         "against_threads": many["row_tokens_per_second"] / threaded["row_tokens_per_second"],
         "share_of_a_step_in_sums": many["sum_seconds"] / statistics.median(many["step_seconds"]),
     }
@@ -156,7 +158,9 @@ def main() -> None:
     for name in TRAINS:
         found[name] = told = measured(asked.ranks, Work(name, *size))
         speeds = ", ".join(
-            f"{one['ranks']}x{one['threads']} {one['row_tokens_per_second']:,.0f}" for one in told["arms"]
+            f"{one['ranks']}x{one['threads']}{'' if one['shard'] == 'none' else ' sharded'} "
+            f"{one['row_tokens_per_second']:,.0f}"
+            for one in told["arms"]
         )
         print(
             f"{name}: row tokens/s by ranks x threads {speeds}; {asked.ranks} ranks {told['speed_up']:.2f} times one, "
