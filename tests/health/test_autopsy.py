@@ -318,6 +318,8 @@ def test_of_two_rates_the_lower_is_proposed(tmp_path: Path) -> None:
         ("tiny-new-rows", {}, {"where": "new rows of the head"}, []),
         ("no-forward-headroom", {}, {}, ["stages.s.precision=fp32"]),
         ("eps-underflow", {}, {}, ["stages.s.eps=1e-06"]),
+        ("scale-starts-too-high", {"loss_scale": {"initial": 1e13}}, {}, ["stages.s.loss_scale.initial=65536"]),
+        ("scale-starts-too-high", {"loss_scale": {"initial": 1024.0}}, {}, []),
         ("adapter-push-high", {}, {"lora_factor": 8.0}, ["stages.s.groups.adapter.peak_lr=2.5e-05"]),
         ("over-fitted", {"keep": "last"}, {}, ["stages.s.keep=best"]),
         ("over-fitted", {"keep": "best"}, {}, []),

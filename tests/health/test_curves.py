@@ -129,3 +129,11 @@ def test_a_harmless_static_scale_is_no_alarm() -> None:
     log.records = [LogRecord(r.step, r.loss, r.lr, r.grad_norm, 2.0**-6) for r in log.records]
     log.scales = []
     assert diagnose_curves(log) == ([], "healthy")
+
+
+def test_a_stage_too_short_for_its_scale_to_come_down_is_not_cured_by_its_rate() -> None:
+    ending = "a: each of its 15 steps had gradients that are not finite; nothing was learned (loss scale 3.05e+08)."
+    found, verdict = diagnose_curves(RunLog("a", ending=ending))
+    assert [(one.cause, one.where) for one in found] == [("scale-starts-too-high", "loss_scale.initial")]
+    assert found[0].cure.startswith("Lower loss_scale.initial")
+    assert verdict == "crashed"

@@ -17,6 +17,7 @@ EPS_IN_16_BITS = 1e-6
 SHARE_OF_WEIGHTS = 0.1  # of their rms a step: a lot already, as preflight.py tells
 REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
 
+DEFAULT_SCALE = 65536.0  # the recipe's own loss_scale.initial
 _BY_RATE = frozenset(
     {
         "weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow", "loss-rose",
@@ -73,11 +74,17 @@ def recipe_lines(
         return (f"{asked.keys}.{knob}={SHARE_OF_WEIGHTS * rms:.1g}",)
     if cause == "no-forward-headroom":
         return (f"{asked.keys}.precision=fp32",)
+    if cause == "scale-starts-too-high" and _initial_scale(asked) > DEFAULT_SCALE:
+        return (f"{asked.keys}.loss_scale.initial={DEFAULT_SCALE:.0f}",)
     if cause == "eps-underflow":
         return (f"{asked.keys}.eps={EPS_IN_16_BITS:g}",)
     if cause == "over-fitted" and asked.stage.get("keep") == "last":
         return (f"{asked.keys}.keep=best",)
     return ()
+
+
+def _initial_scale(asked: Asked) -> float:
+    return (asked.stage.get("loss_scale") or {}).get("initial") or DEFAULT_SCALE
 
 
 def _rates(asked: Asked, cuts: RateCuts) -> tuple[str, ...]:

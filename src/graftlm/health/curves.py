@@ -48,6 +48,8 @@ def smoothed(log: RunLog) -> list[tuple[int, float]]:
 
 # How a run's last words read, what they mean, where, and what to do.
 _ENDINGS = (
+    (r"nothing was learned", "scale-starts-too-high", "loss_scale.initial",
+     "Lower loss_scale.initial; its default is 65536."),
     (r"already at minimum|the floor", "scale-at-floor", "loss scale",
      f"Roll back to the last good state and lower peak_lr ({RATE_CUT:g} of it), or train in bf16 where that works."),
     (r"unscale FP16 gradients", "no-fp32-master", "trained weights",

@@ -172,7 +172,7 @@ def _rows(incident: Incident) -> str:
 
 def _cure(incident: Incident) -> str:
     if incident.cause == "scale-too-high":
-        return "Nothing to do: the loss scale finds its level."
+        return "Nothing to do where other steps learn: the loss scale finds its level."
     if incident.cause == "not-reproduced":
         return "Watch whether it comes again; if it does, suspect the device (memory errors)."
     if incident.cause == "empty-labels":
