@@ -23,14 +23,7 @@ SEVERITIES = ("fatal", "warning", "note")
 VERDICTS: tuple[Verdict, ...] = ("healthy", "recovered", "damaged", "diverged", "crashed")
 # What curves show of a fault that a replay has named: part of its evidence, no finding of its own.
 _SHOWN_BY_INCIDENTS = frozenset(
-    {
-        "loss-not-finite",
-        "overflow-storm",
-        "ratchet",
-        "scale-at-floor",
-        "not-finite",
-        "scale-starts-too-high",
-    }
+    {"loss-not-finite", "overflow-storm", "ratchet", "scale-at-floor", "not-finite", "scale-starts-too-high"}
 )
 _ROWS_NAMED = 3
 OLD_LOST = 1.0  # nats a token above the start: e times the perplexity

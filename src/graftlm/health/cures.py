@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftlm.health.rates import RATE_CUT, RateCuts
+from graftlm.recipe import LossScale
 
 ONE_CUT = RateCuts(RATE_CUT)
 EPS_IN_16_BITS = 1e-6
 SHARE_OF_WEIGHTS = 0.1  # of their rms a step: a lot already, as preflight.py tells
 REFERENCE_PUSH = 2e-4  # the rate at which alpha = rank pushes an adapter as preflight.py takes for usual
 
-DEFAULT_SCALE = 65536.0  # the recipe's own loss_scale.initial
+DEFAULT_SCALE = LossScale().initial
 _BY_RATE = frozenset(
     {
         "weights-not-finite", "forward-not-finite", "forward-overflow", "backward-overflow", "loss-rose",
