@@ -104,6 +104,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, suffix: str, damage: 
         (b"PAR1" + bytes(50), "is a packed Parquet file"),
         ("你好".encode("utf-16"), "it is UTF-16"),
     ],
+    ids=["png", "gzip", "tar", "parquet", "utf-16"],
 )
 def test_foreign_content_is_refused(tmp_path: Path, suffix: str, content: bytes, problem: str) -> None:
     """B1 B2: what is packed is looked at as a plain file is."""
