@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,7 +148,7 @@ def test_metrics_are_json_whatever_the_numbers_and_come_back_as_they_were(tmp_pa
 
 def test_progress_yields_everything_and_tells_time_left_without_a_terminal(monkeypatch, capsys) -> None:
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert list(progress("abcde", 5, "reading")) == list("abcde")
     assert capsys.readouterr().err.splitlines() == ["reading: 2/5, 18 s left", "reading: 4/5, 6 s left"]
 
@@ -155,7 +156,7 @@ def test_progress_yields_everything_and_tells_time_left_without_a_terminal(monke
 def test_time_left_is_not_judged_by_what_came_before_the_first_thing(monkeypatch, capsys) -> None:
     """A minute of preparation, then a second for each of a thousand things: never 16 hours left."""
     clock = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with ProgressShown("learning", 1000) as shown:
         clock[0] = 60
         for count in range(1, 1001):

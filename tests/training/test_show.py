@@ -1,6 +1,7 @@
 """Training as the waiting person sees it: a line every ten seconds without a terminal, a bar with one."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +18,10 @@ RECORD = StepRecord(
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The time both modules read; tests move it."""
+    """The time both modules read, and nobody else: a server's loop in another thread lives by the same `time`."""
     now = [0.0]
     for module in (run_module, show_module):
-        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
