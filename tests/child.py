@@ -35,7 +35,7 @@ def in_child(
     only what threads of names that begin so do there is counted, files opened to be read or flushed too. `log` takes
     what it writes to stderr.
     """
-    changes = _server.Value("i", 0)
+    changes = _server.RawValue("i", 0)  # without a lock, which a killed child would keep for ever
     child = _server.Process(target=_work, args=(work, given, kill_at, changes, in_threads, log))
     child.start()
     child.join(kill_after)
