@@ -76,8 +76,8 @@ class Counting:
     @classmethod
     def after_reading(cls, account: Mapping[str, Any]) -> Counting:
         """What `asdict` made of one to which no dialogue had been counted yet that is learned."""
-        read = {name: account[name] for name in ("rows_read", "files")}
-        return cls(**read, **{name: Tally(**account[name]) for name in ("dropped", "cut", "cleaned")})
+        dropped, cut, cleaned = (Tally(**account[name]) for name in ("dropped", "cut", "cleaned"))
+        return cls(account["rows_read"], dropped, cut, cleaned, files=account["files"])
 
     def is_kept(self, fitted: Fitted) -> bool:
         """Count what became of one dialogue; whether it has rows."""
