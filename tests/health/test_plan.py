@@ -19,6 +19,7 @@ from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, estimated_rows
 from graftlm.model.causal import body_of, new_causal
 from graftlm.model.frozen import hold_frozen_as
+from graftlm.model.lean import make_lean
 from graftlm.model.packed import attend_packed
 from graftlm.model.shapes import PUBLISHED, Shape, shape_of
 from graftlm.recipe import Stage
@@ -81,6 +82,7 @@ def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sp
     shape = shape_of(model.config.to_dict(), "the model")
     model = prepare_model(model, stage.trains, FIRST_NEW, 0)
     its_precision = make_precision(stage, device)
+    make_lean(body_of(model))
     hold_frozen_as(model, its_precision.compute_dtype)
     attend_packed(body_of(model))
     batch = row_batches(some_rows(8), range(8), 1000, device, Sparing() if is_sparing else NO_SPARING)[0]

@@ -31,7 +31,7 @@ def exact_norms(model: Any) -> Any:
     """The model with RMSNorm in its own dtype: that of transformers rounds to float32 inside, also in float64."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if hasattr(child, "variance_epsilon"):
                 norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon, dtype=child.weight.dtype)
                 setattr(module, name, norm)
     return model

@@ -135,8 +135,8 @@ def kept_by_layer(
         ledger.attention(batch)
     ledger.inputs(ends, shape.query_width, "o_proj")
     ledger.norm(ends, shape.hidden_size)
-    ledger.inputs(ends, shape.hidden_size, "gate_proj", "up_proj")
-    ledger.add(3 * ends * shape.intermediate_size * compute.num_bytes)  # gate, its SiLU, up
+    ledger.inputs(ends, shape.hidden_size, "gate_proj", "up_proj", rounded_once=True)
+    ledger.add(2 * ends * shape.intermediate_size * compute.num_bytes)  # gate and up (`model/lean.py`)
     ledger.inputs(ends, shape.intermediate_size, "down_proj")
     for name in shape.projections:
         ledger.adapter(tokens if name in ("k_proj", "v_proj") else ends, name)
@@ -173,26 +173,30 @@ class _Ledger:
         """Count a tensor."""
         self.num_bytes += num_bytes
 
-    def norm(self, positions: int, width: int, normed_bytes: int = WIDE) -> None:
-        """RMSNorm in float32: its input, 1/rms, and the normed input where its weights learn."""
-        self.add(positions * (width + 1) * WIDE)
-        if self.learns.kind == "full":
-            self.add(positions * width * normed_bytes)
+    def norm(self, positions: int, width: int, input_bytes: int = WIDE) -> None:
+        """RMSNorm (`model/lean.py`): its input, and 1/rms in float32."""
+        self.add(positions * (width * input_bytes + WIDE))
 
-    def inputs(self, positions: int, width: int, *names: str) -> None:
+    def inputs(self, positions: int, width: int, *names: str, rounded_once: bool = False) -> None:
         """What went into linear maps with one input: one tensor in float32, a copy for each under autocast.
 
-        LoRA's dropout makes one for each in any case, and a mask: a float32 an entry on a CPU, a byte on a GPU.
+        `rounded_once`: they share a copy, unless one has an adapter. LoRA's dropout makes one for each in any case, and
+        a mask: a float32 an entry on a CPU, a byte on a GPU.
         """
         needing = sum(map(self.learns.needs_input, names))
+        if rounded_once and not any(self._is_adapted(name) for name in names):
+            needing = min(needing, 1)
         self.add(positions * width * self.compute.num_bytes * (needing if self._are_copied else min(needing, 1)))
         if self._is_dropping:
             self.add(positions * width * needing * (WIDE if self.compute.is_cpu else 1))
 
     def adapter(self, positions: int, name: str) -> None:
         """The low-rank numbers between A and B."""
-        if self.learns.kind == "lora" and name in self.learns.targets:
+        if self._is_adapted(name):
             self.add(positions * self.learns.rank * self.compute.num_bytes)
+
+    def _is_adapted(self, name: str) -> bool:
+        return self.learns.kind == "lora" and name in self.learns.targets
 
     @property
     def _is_dropping(self) -> bool:

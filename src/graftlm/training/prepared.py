@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
+from graftlm.model.lean import LeanModules, make_lean
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.model.rows import lay_rows_together
 from graftlm.model.sharded import shard_layers
@@ -57,12 +58,16 @@ def whole_model(model: Any) -> WholeModel:
 
 @dataclass(slots=True)
 class Prepared:
-    """A model ready to learn. `held` are the frozen layers that others stand for in products of `held_for`; `whole` is
-    what rank 0 makes the finished model of where layers are shared out."""
+    """A model ready to learn.
+
+    Others stand for `lean`, its norms and MLPs, and for `held`, its frozen layers, in products of `held_for`. `whole`
+    is what rank 0 makes the finished model of where layers are shared out.
+    """
 
     model: Any
     stage: Stage
     first_new_id: int | None
+    lean: LeanModules
     held: HeldLayers
     held_for: torch.dtype
     whole: WholeModel | None
@@ -88,11 +93,13 @@ class Prepared:
         model = self.model.cpu()
         copy_weights(trainable_parameters(model), learned)
         recompute_activations(model, False)
+        self.lean.restore()
         return self._plain(model)
 
     def untrained(self) -> Any:
         """The plain model as it was found, of one that was only looked at."""
         self.held.restore()
+        self.lean.restore()
         return self._plain(self.model)
 
     def _plain(self, model: Any) -> Any:
@@ -108,6 +115,7 @@ def prepared(
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
     is_shared_out = not ranks.hold_all
     whole = whole_model(model) if is_shared_out and ranks.is_first else None
+    lean = make_lean(body_of(model))
     # DeepSpeed cuts weights of one dtype only.
     held = HeldLayers(()) if ranks.zero_stage == 3 else hold_frozen_as(model, dtype, stage.frozen_base)
     model.to(device)
@@ -119,4 +127,4 @@ def prepared(
         with ranks.passes_answered():
             shard_layers(model, ranks.mesh)
         held = HeldLayers(())  # what they stood for is kept whole by rank 0, or not needed
-    return Prepared(model, stage, first_new_id, held, dtype, whole, is_shared_out)
+    return Prepared(model, stage, first_new_id, lean, held, dtype, whole, is_shared_out)
