@@ -1,4 +1,4 @@
-"""Norms and MLPs that keep less: the same bits forward, equal gradients, fewer bytes kept, and the own modules back."""
+"""Layers that keep less: the same bits forward, equal gradients, fewer bytes kept, and the own modules back."""
 
 from copy import deepcopy
 from typing import Any
@@ -16,7 +16,7 @@ from graftlm.recipe import Full, Lora, NewRows
 from graftlm.training.batches import row_batches
 from graftlm.training.loop import response_loss_sum
 from graftlm.training.trainable import prepare_model
-from tests.model.test_body import CONFIGS, assert_equal, causal, hidden_and_gradients
+from tests.model.test_body import CONFIGS, LABELLED, NUM_SHARED, assert_equal, causal, hidden_and_gradients
 from tests.training.tiny_training import FIRST_NEW_ID, make_rows, tiny_model
 
 CPU = torch.device("cpu")
@@ -30,16 +30,21 @@ KINDS = [
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
+@pytest.mark.parametrize("num_shared", [0, NUM_SHARED])
+@pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("config_class", CONFIGS)
-def test_float64_equals_the_plain_layers(config_class: type) -> None:
+def test_float64_equals_the_plain_layers(config_class: type, is_sparse: bool, num_shared: int) -> None:
     plain = causal(config_class).train()
     model = AutoModelForCausalLM.from_config(plain.config).double().train()
     model.load_state_dict(plain.state_dict())
     lean = make_lean(body_of(model))
-    assert len(lean.replaced) == (11 if config_class is Qwen3Config else 7)
+    assert len(lean.replaced) == (13 if config_class is Qwen3Config else 9)
     for one in (plain, model):
         attend_packed(body_of(one))
-    assert_equal(hidden_and_gradients(model, 0, None), hidden_and_gradients(plain, 0, None))
+    ends_at_N = torch.tensor(LABELLED) + num_shared if is_sparse else None
+    # The plain one computes all of its last layer: as transformers does it, but for the attention function.
+    expected = hidden_and_gradients(plain, num_shared, None)
+    assert_equal(hidden_and_gradients(model, num_shared, ends_at_N), expected)
 
 
 def kept_bytes(compute: Any) -> tuple[Any, int]:
@@ -98,7 +103,7 @@ def test_an_mlp_gated_otherwise_stays_as_it_is() -> None:
     for layer in body_of(model).layers:
         layer.mlp.act_fn = torch.nn.GELU()
     assert {name for _, name, _ in make_lean(body_of(model)).replaced} == {
-        "input_layernorm", "post_attention_layernorm", "norm",
+        "input_layernorm", "post_attention_layernorm", "norm", "self_attn",
     }  # fmt: skip
 
 
@@ -115,3 +120,10 @@ def test_squares_too_large_are_told_by_the_gradient() -> None:
     assert x.grad[0].isfinite().all()
     assert x.grad[1].isnan().all()
     assert body_of(model).norm.weight.grad.isnan().all()
+
+
+def test_attention_with_dropout_stays_as_it_is() -> None:
+    model = tiny_model()
+    for layer in body_of(model).layers:
+        layer.self_attn.attention_dropout = 0.1
+    assert "self_attn" not in {name for _, name, _ in make_lean(body_of(model)).replaced}

@@ -122,10 +122,10 @@ def kept_by_layer(
     ledger.norm(tokens, shape.hidden_size)
     if is_sparse:
         ledger.inputs(ends, shape.hidden_size, "q_proj")
-        ledger.inputs(tokens, shape.hidden_size, "k_proj", "v_proj")
+        ledger.inputs(tokens, shape.hidden_size, "k_proj", "v_proj", rounded_once=True)
         ledger.add(2 * ends * shape.head_size * WIDE)  # the labelled positions' rotation
     else:
-        ledger.inputs(tokens, shape.hidden_size, "q_proj", "k_proj", "v_proj")
+        ledger.inputs(tokens, shape.hidden_size, "q_proj", "k_proj", "v_proj", rounded_once=True)
     if shape.has_head_norms:
         ledger.norm(ends * shape.num_heads, shape.head_size, compute.num_bytes)
         ledger.norm(tokens * shape.num_kv_heads, shape.head_size, compute.num_bytes)
@@ -233,11 +233,11 @@ class _Ledger:
         self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
 
     def _grouped(self, queries: int, padded: int, keys: int) -> None:
-        """`model/grouped.py`: queries and keys as they were rotated (float32), values as projected, log-sums, and the
-        output in float32 (which is the output projection's input, where that keeps no copy)."""
+        """`model/grouped.py`: queries, keys and values as projected, log-sums, and the output in float32 (which is the
+        output projection's input, where that keeps no copy)."""
         shape = self.shape
-        self.add((queries * shape.query_width + keys * shape.kv_width) * WIDE)
-        self.add(keys * shape.kv_width * self.compute.num_bytes + padded * shape.num_heads * WIDE)
+        self.add((queries * shape.query_width + 2 * keys * shape.kv_width) * self.compute.num_bytes)
+        self.add(padded * shape.num_heads * WIDE)
         if self._are_copied or not self.learns.needs_input("o_proj"):
             self.add(queries * shape.query_width * WIDE)
 

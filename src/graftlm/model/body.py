@@ -5,7 +5,7 @@ labelled ones need its query, attention, output and MLP, and the final norm; key
 and gradients are those of the whole layer (`layout.ends_at_N` None computes it). Not for layers with dropout inside:
 fewer numbers would be drawn. Does not know losses or how rows were packed.
 
-Shapes: T tokens and N labelled positions of the micro-batch, H hidden size, D head size.
+Shapes: T tokens and N labelled positions of the micro-batch, H hidden size.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import rotate_half
 
+from graftlm.model.attention import attend
 from graftlm.model.causal import body_of
-from graftlm.model.packed import PackedLayout, attends_packed, labelled_attention
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
+from graftlm.model.packed import PackedLayout, attends_packed
 
 
 def labelled_hidden_states(
@@ -31,7 +29,7 @@ def labelled_hidden_states(
         output = body(input_ids=ids_1T, position_ids=layout.positions_1T, use_cache=False, layout=layout)
         return output.last_hidden_state[0, labelled_N]
     hidden_1TH = body.embed_tokens(ids_1T)
-    rotary: Rotary = body.rotary_emb(hidden_1TH, position_ids=layout.positions_1T)
+    rotary = body.rotary_emb(hidden_1TH, position_ids=layout.positions_1T)
     for layer in body.layers[:-1]:
         hidden_1TH = layer(
             hidden_1TH, attention_mask=None, position_embeddings=rotary, position_ids=layout.positions_1T, layout=layout
@@ -39,29 +37,11 @@ def labelled_hidden_states(
     return body.norm(_last_layer(body.layers[-1], hidden_1TH, rotary, layout))[0]
 
 
-def _last_layer(layer: Any, hidden_1TH: torch.Tensor, rotary: Rotary, layout: PackedLayout) -> torch.Tensor:
+def _last_layer(
+    layer: Any, hidden_1TH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], layout: PackedLayout
+) -> torch.Tensor:
     """A decoder layer's output at `layout.ends_at_N`, (1, N, H). Every module is called: hooks and adapters see it."""
-    ends_at_N = layout.ends_at_N
-    assert ends_at_N is not None
-    attention = layer.self_attn
-    normed_1TH = layer.input_layernorm(hidden_1TH)
-    query = _heads(attention, "q", normed_1TH.index_select(1, ends_at_N))
-    key, value = (_heads(attention, name, normed_1TH) for name in ("k", "v"))
-    query = _rotated(query, (rotary[0].index_select(1, ends_at_N), rotary[1].index_select(1, ends_at_N)))
-    attended_NHD = labelled_attention(query[0], _rotated(key, rotary)[0], value[0], layout, attention.scaling)
-    hidden_1NH = hidden_1TH.index_select(1, ends_at_N) + attention.o_proj(attended_NHD.flatten(1)[None])
+    assert layout.ends_at_N is not None
+    attended_1NH = attend(layer.self_attn, layer.input_layernorm(hidden_1TH), rotary, layout, at_labels=True)
+    hidden_1NH = hidden_1TH.index_select(1, layout.ends_at_N) + attended_1NH
     return hidden_1NH + layer.mlp(layer.post_attention_layernorm(hidden_1NH))
-
-
-def _heads(attention: Any, name: str, normed_1TH: torch.Tensor) -> torch.Tensor:
-    """Queries, keys or values by head, (1, T, heads, D), before they are rotated; normed by head where a model does."""
-    projected = getattr(attention, f"{name}_proj")(normed_1TH)
-    # Not -1: of no labelled position at all it could be any number.
-    by_head = projected.unflatten(-1, (projected.shape[-1] // attention.head_dim, attention.head_dim))
-    norm = getattr(attention, f"{name}_norm", None)
-    return by_head if norm is None else norm(by_head)
-
-
-def _rotated(by_head: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    cos, sin = (part[:, :, None] for part in rotary)
-    return by_head * cos + rotate_half(by_head) * sin

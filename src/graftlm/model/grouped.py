@@ -2,9 +2,9 @@
 
 Owns which queries attend to which keys (`Piece`), and two ways to compute it. The plain one leaves the backward pass to
 autograd, which keeps every group's padded float32 inputs and, going back, fills a buffer of zeros for each that was
-cut out of the flat sequence. The other keeps the flat tensors alone, gathers them once more, and writes gradients
-where they belong; it calls the kernels that torch's own attention calls on a CPU, so its results are the same. Does
-not know how rows were grouped (`packed.py`) or what a labelled position is.
+cut out of the flat sequence. The other keeps the flat tensors alone, as they were projected, rotates and gathers them
+once more, and writes gradients where they belong; it calls the kernels that torch's own attention calls on a CPU, so
+its results are the same. Does not know how rows were grouped (`packed.py`) or what a labelled position is.
 
 Shapes: B rows of a group, L queries and S keys of a row, both padded to the longest, P tokens of the shared prefix, N
 queries and T keys in all, H heads (of queries, or fewer of keys), D head size.
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from graftlm.model.rotary import Rotation, rotate, rotate_back, rotated
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -90,15 +92,18 @@ def attend_in_groups(
     pieces: Sequence[Piece],
     scaling: float,
     dropout: float = 0.0,
+    rotations: tuple[Rotation, Rotation] | None = None,
 ) -> torch.Tensor:
     """What every query attends to, (N, H, D); the pieces' queries are all N, each once.
 
-    On a CPU in float32 or wider whatever autocast says: more exact than torch's kernel for 16 bits, and on rows of
-    dialogues faster (docs/log.md).
+    `rotations` are those of the queries and of the keys, where they are still to be rotated. On a CPU in float32 or
+    wider whatever autocast says: more exact than torch's kernel for 16 bits, and on rows of dialogues faster
+    (docs/log.md).
     """
     if query_NHD.device.type == "cpu" and not dropout:
-        return _Grouped.apply(query_NHD, key_THD, value_THD, pieces, scaling)
-    return attend_by_autograd(query_NHD, key_THD, value_THD, pieces, scaling, dropout)
+        turns = () if rotations is None else (*rotations[0], *rotations[1])
+        return _Grouped.apply(query_NHD, key_THD, value_THD, pieces, scaling, *turns)
+    return attend_by_autograd(query_NHD, key_THD, value_THD, pieces, scaling, dropout, rotations)
 
 
 def attend_by_autograd(
@@ -108,8 +113,11 @@ def attend_by_autograd(
     pieces: Sequence[Piece],
     scaling: float,
     dropout: float = 0.0,
+    rotations: tuple[Rotation, Rotation] | None = None,
 ) -> torch.Tensor:
     """The plain way: torch's attention for every group, its backward left to autograd."""
+    if rotations is not None:
+        query_NHD, key_THD = rotated(query_NHD, rotations[0]), rotated(key_THD, rotations[1])
     parts = []
     with torch.autocast("cpu", enabled=False):
         for piece in pieces:
@@ -137,29 +145,33 @@ class _Grouped(torch.autograd.Function):
         value_THD: torch.Tensor,
         pieces: Sequence[Piece],
         scaling: float,
+        *turns: torch.Tensor,
     ) -> torch.Tensor:
         wide = _wide(query_NHD)
+        turned_NHD, turned_THD = _turned(query_NHD, key_THD, turns)
         attended_NHD = torch.empty_like(query_NHD, dtype=wide, memory_format=torch.contiguous_format)
         log_sums = []
         for piece in pieces:
-            inputs = _inputs(piece, query_NHD, key_THD, value_THD, wide)
+            inputs = _inputs(piece, turned_NHD, turned_THD, value_THD, wide)
             attended, log_sum = _forward_kernel(
                 *inputs, 0.0, piece.is_square, attn_mask=_bias(piece, wide), scale=scaling
             )
             piece.queries.put(attended_NHD, attended)
             log_sums.append(log_sum)
-        ctx.pieces, ctx.scaling = pieces, scaling
-        ctx.save_for_backward(query_NHD, key_THD, value_THD, attended_NHD, *log_sums)
-        return attended_NHD.to(query_NHD.dtype)
+        ctx.pieces, ctx.scaling, ctx.num_turns = pieces, scaling, len(turns)
+        ctx.save_for_backward(query_NHD, key_THD, value_THD, attended_NHD, *turns, *log_sums)
+        return attended_NHD.to(turned_NHD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_NHD, key_THD, value_THD, attended_NHD, *log_sums = ctx.saved_tensors
+        query_NHD, key_THD, value_THD, attended_NHD, *others = ctx.saved_tensors
+        turns, log_sums = others[: ctx.num_turns], others[ctx.num_turns :]
+        turned_NHD, turned_THD = _turned(query_NHD, key_THD, turns)
         wide = attended_NHD.dtype
         grad_NHD = grad_outputs[0].to(wide)
         grad_query, grad_key, grad_value = (x.new_zeros(x.shape, dtype=wide) for x in (query_NHD, key_THD, value_THD))
         for piece, log_sum in zip(ctx.pieces, log_sums, strict=True):
-            inputs = _inputs(piece, query_NHD, key_THD, value_THD, wide)
+            inputs = _inputs(piece, turned_NHD, turned_THD, value_THD, wide)
             # Nothing comes back through padding.
             grad = piece.queries.take(grad_NHD).masked_fill(~piece.queries.real_BL[:, None, :, None], 0.0)
             query, key, value = _backward_kernel(
@@ -169,7 +181,20 @@ class _Grouped(torch.autograd.Function):
             piece.queries.put(grad_query, query)
             for total, part in ((grad_key, key), (grad_value, value)):
                 _put_keys(piece, total, part)
-        return (grad_query.to(query_NHD.dtype), grad_key.to(key_THD.dtype), grad_value.to(value_THD.dtype), None, None)
+        if turns:
+            grad_query = rotate_back(grad_query, (turns[0], turns[1]))
+            grad_key = rotate_back(grad_key, (turns[2], turns[3]))
+        found = (grad_query.to(query_NHD.dtype), grad_key.to(key_THD.dtype), grad_value.to(value_THD.dtype))
+        return (*found, None, None, *(None for _ in turns))
+
+
+def _turned(
+    query_NHD: torch.Tensor, key_THD: torch.Tensor, turns: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys, rotated where `turns` (cosines and sines of the ones, then of the others) says by how much."""
+    if not turns:
+        return query_NHD, key_THD
+    return rotate(query_NHD, (turns[0], turns[1])), rotate(key_THD, (turns[2], turns[3]))
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

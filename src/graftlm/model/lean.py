@@ -1,10 +1,10 @@
-"""Norms and gated MLPs that keep fewer tensors for the way back, and compute what the layers' own compute.
+"""Norms, attention layers and gated MLPs that keep fewer tensors for the way back, and compute the same.
 
 Owns the modules that stand in for them while a stage trains, under the same names and with the same weights, so that
 hooks, adapters and saved weights see no difference. Autograd keeps of RMSNorm the normed input besides the input
-itself, of SwiGLU the gate's SiLU, and under autocast a 16-bit copy of the MLP's input for each of two products: all
-can be made again from what is kept anyway, at the price of a few products by element. The forward pass is the same to
-the bit. Does not know stages.
+itself, of SwiGLU the gate's SiLU, of attention queries and keys as they were rotated, and under autocast a 16-bit copy
+of a layer's input for each product with it: all can be made again from what is kept anyway, at the price of a few
+products by element. The forward pass is the same to the bit. Does not know stages.
 
 Shapes: H hidden size, any number of positions before it.
 """
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
+
+from graftlm.model.attention import MAPS, PackedAttention
+from graftlm.model.rounded import rounded_once
 
 _SILUS = (nn.SiLU, SiLUActivation)
 
@@ -36,15 +39,25 @@ class LeanModules:
 
 
 def make_lean(body: nn.Module) -> LeanModules:
-    """Replace every RMSNorm of a Llama-like body, and every MLP gated by SiLU."""
-    found: list[tuple[nn.Module, str, Any]] = []
-    for parent in body.modules():
-        for name, module in parent.named_children():
-            if hasattr(module, "variance_epsilon") or isinstance(getattr(module, "act_fn", None), _SILUS):
-                found.append((parent, name, module))
-    for parent, name, module in found:
-        setattr(parent, name, _LeanNorm(module) if hasattr(module, "variance_epsilon") else _LeanMLP(module))
-    return LeanModules(tuple(found))
+    """Replace what `_stand_in` knows of a Llama-like body; its forward then needs `layout=` (`attend_packed`)."""
+    found = [(parent, name, module) for parent in body.modules() for name, module in parent.named_children()]
+    replaced = [(parent, name, module) for parent, name, module in found if _stand_in(module) is not None]
+    for parent, name, module in reversed(replaced):  # what lies inside another before that other
+        stand_in = _stand_in(module)
+        assert stand_in is not None
+        setattr(parent, name, stand_in(module))
+    return LeanModules(tuple(replaced))
+
+
+def _stand_in(module: Any) -> type[_LeanNorm | _LeanMLP | PackedAttention] | None:
+    """For RMSNorm, an MLP gated by SiLU, and attention without dropout."""
+    if hasattr(module, "variance_epsilon"):
+        return _LeanNorm
+    if isinstance(getattr(module, "act_fn", None), _SILUS):
+        return _LeanMLP
+    if all(hasattr(module, name) for name in MAPS) and not module.attention_dropout:
+        return PackedAttention
+    return None
 
 
 class _LeanNorm(nn.Module):
@@ -70,16 +83,8 @@ class _LeanMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        for_gate, for_up = self._inputs(x)
+        for_gate, for_up = rounded_once(x, (self.gate_proj, self.up_proj))
         return self.down_proj(_Gated.apply(self.gate_proj(for_gate), self.up_proj(for_up)))
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x for both maps, rounded once where autocast would round it for each. Adapters want it as it is."""
-        kind = x.device.type
-        are_plain = isinstance(self.gate_proj, nn.Linear) and isinstance(self.up_proj, nn.Linear)
-        if not (are_plain and torch.is_autocast_enabled(kind)):
-            return x, x
-        return _RoundedOnce.apply(x, torch.get_autocast_dtype(kind))
 
     def hand_on(self, own: Any) -> None:
         """Give the maps, adapters on them included, to the model's own MLP."""
@@ -129,18 +134,3 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad = grad_outputs[0]
         return torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)
-
-
-class _RoundedOnce(torch.autograd.Function):
-    """x in `dtype`, for two readers; their gradients are summed in x's own dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.dtype = x.dtype
-        rounded = x.to(dtype)
-        return rounded, rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        first, second = grad_outputs
-        return first.to(ctx.dtype) + second, None

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from graftlm.errors import UserError
 from graftlm.model.grouped import Piece, Places, attend_in_groups
+from graftlm.model.rotary import Rotation, rotated
 from graftlm.model.varlen import Bounds, make_bounds, runs_varlen, varlen_attention
 
 PACKED = "graftlm_packed"
@@ -130,8 +131,7 @@ def packed_attention(
     """
     del attention_mask
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1HTD, value_1HTD))
-    kind = query_THD.device.type
-    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_THD.dtype
+    computed = _computed(query_THD)
     if not dropout and runs_varlen(query_THD.device, computed, query_THD.shape[2]):
         query_THD, key_THD, value_THD = (x.to(computed) for x in (query_THD, key_THD, value_THD))
         return varlen_attention(query_THD, key_THD, value_THD, layout.bounds, scaling)[None], None
@@ -139,11 +139,37 @@ def packed_attention(
     return attend_in_groups(query_THD, key_THD, value_THD, pieces, scaling, dropout)[None], None
 
 
-def labelled_attention(
-    query_NHD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, layout: PackedLayout, scaling: float
+def attend_rotating(
+    query_NHD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    rotation: Rotation,
+    layout: PackedLayout,
+    scaling: float,
+    *,
+    at_labels: bool,
 ) -> torch.Tensor:
-    """What `packed_attention` gives at the positions `layout.ends_at_N`, (N, H, D)."""
-    return attend_in_groups(query_NHD, key_THD, value_THD, layout.labelled_groups, scaling)
+    """What `packed_attention` gives of queries and keys that `rotation` (of all T positions) is still to turn, (N, H,
+    D); `at_labels`: of queries at `layout.ends_at_N` alone."""
+    if at_labels:
+        assert layout.ends_at_N is not None
+        own = rotation[0].index_select(0, layout.ends_at_N), rotation[1].index_select(0, layout.ends_at_N)
+        pieces = layout.labelled_groups
+        return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=(own, rotation))
+    computed = _computed(query_NHD)
+    if runs_varlen(query_NHD.device, computed, query_NHD.shape[2]):
+        query, key, value = (
+            x.to(computed) for x in (rotated(query_NHD, rotation), rotated(key_THD, rotation), value_THD)
+        )
+        return varlen_attention(query, key, value, layout.bounds, scaling)
+    pieces = (*layout.front, *layout.groups)
+    return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=(rotation, rotation))
+
+
+def _computed(x: torch.Tensor) -> torch.dtype:
+    """What products of x are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def attend_packed(model: PreTrainedModel) -> None:
