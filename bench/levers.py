@@ -72,11 +72,16 @@ def _adamw(is_foreach: bool) -> Adjust:
     return adjust
 
 
+def _keep_all(stage_run: StageRun) -> None:
+    stage_run.prepared.lean.restore()
+
+
 LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "no packing, nothing shared": ({}, _one_by_one),
     "no shared prefix": ({}, _sparing(Sparing(prefix=False))),
     "whole last layer": ({}, _sparing(Sparing(last_layer=False))),
     "neither prefix nor last layer": ({}, _sparing(NO_SPARING)),
+    "layers that keep all": ({}, _keep_all),
     "AdamW foreach": ({}, _adamw(is_foreach=True)),
     "AdamW loop": ({}, _adamw(is_foreach=False)),
     "micro-batches of 1024 tokens": ({"micro_batch_tokens": 1024}, None),

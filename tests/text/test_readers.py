@@ -9,6 +9,8 @@ from row_files import alpaca, read_rows, said, write_rows
 
 from graftlm.errors import UserError
 from graftlm.recipe import Source
+from graftlm.text.dialogue import CARD
+from graftlm.text.inspection import inspect_data
 from graftlm.text.readers import read_conversations, read_source
 
 QA = [[("user", "a question"), ("assistant", "an answer")]]
@@ -220,6 +222,14 @@ def test_each_file_of_a_folder_has_a_format_of_its_own(tmp_path: Path) -> None:
     reading = read_source(Source(path=str(tmp_path)))
     assert [facts["format"] for facts in reading.files.values()] == ["alpaca", "messages"]
     assert said(reading) == QA * 2
+
+
+def test_an_empty_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [])
+    write_rows(tmp_path / "b.jsonl", [alpaca()])
+    found = {Path(name).name: facts for name, facts in read_source(Source(path=str(tmp_path))).files.items()}
+    assert found == {"a.jsonl": {"format": "empty", "rows": 0}, "b.jsonl": {"format": "alpaca", "rows": 1}}
+    assert inspect_data([Source(path=str(tmp_path))], CARD).format == "alpaca"
 
 
 def test_plain_text_becomes_documents_of_any_script(tmp_path: Path) -> None:

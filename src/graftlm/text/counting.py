@@ -103,7 +103,7 @@ class Counting:
             rows_read=self.rows_read,
             rows_kept=self.rows_kept,
             dropped=self.dropped.counts,
-            format=", ".join(dict.fromkeys(facts["format"] for facts in self.files.values())),
+            format=", ".join(dict.fromkeys(facts["format"] for facts in self.files.values() if facts["rows"])),
             tokens=sum(length * number for length, number in self.by_length.items()),
             labels=self.labels,
             token_rows=self.by_length.total(),

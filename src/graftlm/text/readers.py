@@ -24,6 +24,7 @@ from graftlm.text.lines import Row
 from graftlm.text.tally import Tally
 
 NUM_ROWS_LOOKED_AT = 100
+EMPTY = "empty"  # in place of a format, of a file without a row
 Format = Literal["auto", "alpaca", "belle", "sharegpt", "messages", "text"]
 _SENDERS: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -135,6 +136,7 @@ def _read_file(file: File, source: Source, reading: Reading, is_first_look: bool
     first = list(islice(rows, NUM_ROWS_LOOKED_AT))
     rows = iter(first) if is_first_look else chain(first, rows)
     if not first:
+        reading.files[file.name] = {"format": EMPTY, "rows": 0}
         return
     format = source.format
     if format == "auto":

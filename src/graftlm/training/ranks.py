@@ -314,15 +314,12 @@ class Ranks:
 
     def _lost(self, silent: Sequence[int], has_waited: bool) -> RankLost:
         who = f"Rank {', '.join(map(str, silent))} of {self.count}" if silent else f"A rank of {self.count}"
-        what = (
-            f"did not answer for {self.patience_seconds:g} s: it hangs, or its machine is cut off"
-            if has_waited
-            else "is gone: it was killed (a machine out of memory does that), or its connection was cut"
-        )
-        return RankLost(
-            f"{who} {what}.",
-            "Run the same command again: it goes on from the last checkpoint. ranks.timeout_seconds: how long to wait.",
-        )
+        again = "Run the same command again: it goes on from the last checkpoint."
+        if has_waited:
+            what = f"did not answer for {self.patience_seconds:g} s: it hangs, or its machine is cut off"
+            return RankLost(f"{who} {what}.", f"{again} ranks.timeout_seconds: how long to wait.")
+        what = "is gone: it was killed (a machine out of memory does that), or its connection was cut"
+        return RankLost(f"{who} {what}.", f"{again} Had memory run out, lower micro_batch_tokens too.")
 
 
 ALONE = Ranks()
