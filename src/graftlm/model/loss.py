@@ -21,7 +21,7 @@ from graftlm.model.rows import joined
 # in blocks that stay in a processor's cache (measured: docs/log.md). A GPU has no use for blocks, and its products want
 # a thousand positions: an estimate, not measured.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 256 * 2**20}
 
 
 def chunk_rows(num_vocab_rows: int, device_type: str) -> int:
