@@ -43,8 +43,8 @@ slow: $(STAMP)
 
 $(ZERO)/.installed: $(STAMP)
 	$(BIN)/python -m venv $(ZERO)
-	$(BIN)/python -c 'import site; print(*site.getsitepackages())' \
-		> "$$($(ZERO)/bin/python -c 'import site; print(*site.getsitepackages())')/beside.pth"
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(ZERO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	$(ZERO)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt setuptools wheel ninja
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/python -m pip install --quiet --no-build-isolation \
 		--constraint $(VENV)/constraints.txt 'deepspeed>=0.19.8,<0.20'
