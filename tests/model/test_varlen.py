@@ -4,12 +4,16 @@ No GPU is needed: a plain kernel of the same meaning stands in for torch's. Torc
 GPU of compute capability 8.0 or later is found, else that test is skipped.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from graftlm.model import packed
+from graftlm.model.grouped import attend_by_autograd
 from graftlm.model.packed import make_layout, packed_attention
+from graftlm.model.rotary import rotated
 from graftlm.model.varlen import make_bounds, runs_varlen, varlen_attention
 
 LENGTHS = [5, 1, 9, 4, 9, 2]
@@ -67,6 +71,26 @@ def test_one_call_equals_attention_by_groups(kv_heads: int, num_shared: int) -> 
         found.append([attended, *gradients])
     for expected, given in zip(*found, strict=True):
         assert torch.allclose(given, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("way", ["by groups", "by autograd", "in one call"])
+def test_rotating_on_the_way_equals_rotating_before(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    tensors = heads(7 + sum(LENGTHS), 2)
+    angles = torch.rand(7 + sum(LENGTHS), 8, dtype=torch.float64)
+    rotation = angles.cos(), angles.sin()
+    query, key, value = tensors
+    expected = by_groups(rotated(query, rotation), rotated(key, rotation), value, 7)
+    if way == "by autograd":
+        monkeypatch.setattr(packed, "attend_in_groups", attend_by_autograd)
+    elif way == "in one call":
+        monkeypatch.setattr(packed, "runs_varlen", lambda *_: True)
+        monkeypatch.setattr(packed, "varlen_attention", partial(varlen_attention, kernel=plain_kernel))
+    layout = make_layout(LENGTHS, CPU, 7)
+    found = packed.attend_rotating(*tensors, rotation, layout, 0.3, at_labels=False)
+    weights = torch.randn_like(found)
+    gradients = (torch.autograd.grad((attended * weights).sum(), tensors) for attended in (found, expected))
+    for given, plain in zip((found, *next(gradients)), (expected, *next(gradients)), strict=True):
+        assert torch.allclose(given, plain, rtol=1e-12, atol=1e-13)
 
 
 def test_what_the_kernel_cannot_take_goes_by_groups() -> None:
