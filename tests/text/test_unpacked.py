@@ -119,9 +119,9 @@ def test_foreign_content_is_refused(tmp_path: Path, suffix: str, content: bytes,
 @packed
 def test_a_name_that_promises_a_packing_is_held_to_it(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.jsonl{suffix}"
-    for content in (b"", b'{"text": "plain"}\n'):
+    for content, told in (b"", "is empty"), (b'{"text": "plain"}\n', f"is named {suffix} and is not packed so"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"is named {suffix} and is not packed so"):
+        with pytest.raises(UserError, match=told):
             read(path)
 
 

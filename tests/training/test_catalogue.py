@@ -301,6 +301,14 @@ def incidents_of(folder: Path) -> list[Finding]:
     return [finding_of(Incident(**{k: v for k, v in line.items() if k != "event"})) for line in lines]
 
 
+def test_a_loss_scale_that_a_short_stage_cannot_bring_down() -> None:
+    """Fewer skips than would stop a run, and yet more than the stage has steps: nothing would be learned."""
+    found = looked_at(stage_of(precision="fp16", loss_scale={"initial": 2.0**40}))
+    told = expect("a short stage", found, "scale-starts-too-high", "loss_scale.initial", "Lower loss_scale.initial")
+    assert told.severity == "fatal"
+    assert "the stage has 8." in told.evidence
+
+
 def test_a_bad_batch_now_and_then(tmp_path: Path) -> None:
     """N1: one row of sixty breaks the step it is in; the row is named, weights stay finite, the run goes on."""
     rare = 45

@@ -46,15 +46,14 @@ class Look:
     stage's settings.
 
     `frozen` names parameters that should learn by the recipe and do not; `row_rms` gives the median rms of (old, new)
-    rows by matrix, whether they learn or not, `largest_rows` the one that stands out most; `bad_weight` is the
-    first parameter that is not finite, with its row; `bad_row_id` a row of data with an id outside the vocabulary,
-    -1 for none; `ends_right` whether any answer's last target is the end token; `uniform_loss` is what knowing
-    nothing costs, ln V; `lora_factor` what the adapter is multiplied by, None without one (by alpha / sqrt(rank)
-    where `is_rank_stabilized`); `loss_floor` and
-    `loss_initial` the loss scale's lowest and first in fp16, else None, `is_scale_unused` whether one was
-    given all the same; `norm_eps` what RMSNorm adds to a mean square; `are_new_rows_fixed` whether rows of new
-    pieces stay as they are, by the recipe. Where an id lies outside there was no pass, and what it would have shown
-    is empty.
+    rows by matrix, whether they learn or not, `largest_rows` the one that stands out most; `bad_weight` is the first
+    parameter that is not finite, with its row; `bad_row_id` a row of data with an id outside the vocabulary, -1 for
+    none; `ends_right` whether any answer's last target is the end token; `uniform_loss` is what knowing nothing costs,
+    ln V; `lora_factor` what the adapter is multiplied by, None without one (by alpha / sqrt(rank) where
+    `is_rank_stabilized`); `loss_floor` and `loss_initial` the loss scale's lowest and first in fp16, else None,
+    `is_scale_unused` whether one was given all the same; `num_steps` how many the stage takes; `norm_eps` what RMSNorm
+    adds to a mean square; `are_new_rows_fixed` whether rows of new pieces stay as they are, by the recipe. Where an id
+    lies outside there was no pass, and what it would have shown is empty.
     """
 
     precision: str
@@ -65,6 +64,7 @@ class Look:
     loss_floor: float | None
     loss_initial: float | None
     is_scale_unused: bool
+    num_steps: int
     norm_eps: float
     are_new_rows_fixed: bool
     num_vocab_rows: int

@@ -210,11 +210,16 @@ def _scale(look: Look) -> list[Finding]:
                     f"The loss scale may not fall below {look.loss_floor:g}, and {beyond}: every step would overflow.",
                     "Lower loss_scale.floor; its default is 1e-4.")
         ]  # fmt: skip
-    if num_halvings >= MAX_SKIPS_IN_A_ROW:
+    if num_halvings >= min(MAX_SKIPS_IN_A_ROW, look.num_steps):
+        ends = (
+            f"after {MAX_SKIPS_IN_A_ROW} in a row the run stops"
+            if look.num_steps > MAX_SKIPS_IN_A_ROW
+            else f"the stage has {look.num_steps}"
+        )
         return [
             Finding("scale-starts-too-high", "fatal", "loss_scale.initial", None,
                     f"The loss scale begins at {look.loss_initial:.3g}, and {beyond}: {num_halvings:.0f} steps would "
-                    f"be skipped, and after {MAX_SKIPS_IN_A_ROW} in a row the run stops.",
+                    f"be skipped, and {ends}.",
                     "Lower loss_scale.initial; its default is 65536.")
         ]  # fmt: skip
     return []

@@ -50,6 +50,10 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
     try:
         packing = packing_of(path)
         if packing is None and path.suffix.lower() in PACKED_SUFFIXES:
+            if not path.stat().st_size:
+                raise UserError(
+                    f"{path} is empty; a packed file never is.", "Copy or download it again, or take it away."
+                )
             raise UserError(
                 f"{path} is named {path.suffix} and is not packed so: its first bytes are others.",
                 "Copy or download it again; one that is not packed, give without that ending.",

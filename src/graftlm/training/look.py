@@ -78,6 +78,7 @@ def take_look(
         loss_floor=precision.scaler.floor if precision.scaler else None,
         loss_initial=precision.scaler.scale if precision.scaler else None,
         is_scale_unused=stage.precision in ("fp32", "bf16") and stage.loss_scale != LossScale(),
+        num_steps=steps.num_steps,
         norm_eps=float(getattr(plain_model(model).config, "rms_norm_eps", 0.0)),
         are_new_rows_fixed=isinstance(stage.trains, Lora) and stage.trains.rows == "none" and first_new_id is not None,
         num_vocab_rows=num_vocab_rows,
