@@ -216,6 +216,18 @@ def test_benign_overflows_are_a_note_and_the_run_healthy(tmp_path: Path) -> None
     assert [(d.finding.severity, d.count, d.lines) for d in found.diagnoses] == [("note", 2, ())]
 
 
+def test_a_storm_that_the_scale_alone_caused_is_not_told_with_a_lower_rate(tmp_path: Path) -> None:
+    """No step touched a weight: whatever the rate was, it did nothing."""
+    lines = [step_line(n, 9.0, skipped=True, scale=2.0 ** (43 - n)) for n in range(1, 24)]
+    lines[3:3] = [incident(n, "scale-too-high", phase="backward") for n in (1, 2, 3)]
+    text = "lora: each of its 23 steps had gradients that are not finite; nothing was learned (loss scale 1e+06)."
+    found = autopsy(write_run(tmp_path, [[*lines, {"event": "stopped", "step": 23, "text": text}]]))
+    assert found.verdict == "crashed"
+    assert [d.finding.cause for d in found.diagnoses] == ["scale-starts-too-high", "scale-too-high"]
+    assert "23 steps in a row overflowed" in found.diagnoses[1].finding.evidence
+    assert not any("peak_lr" in line for line in found.changes)
+
+
 def preflight_finding(**values: Any) -> dict[str, Any]:
     given = {"cause": "no-forward-headroom", "severity": "fatal", "where": "layer 3", "step": None,
              "evidence": "It lies above.", "cure": "Set precision."}  # fmt: skip

@@ -235,12 +235,16 @@ def _without_shown(found: Sequence[Diagnosis], incidents: Sequence[Diagnosis], c
     by_cause = {told.finding.cause: told for told in incidents}
     grave = [told.finding.cause for told in incidents if told.finding.severity == "fatal"]
     last = course.log.incidents[-1]["cause"] if course.log.incidents else ""
+    # No step touched a weight, so no rate can be to blame for a storm of overflows that the scale alone caused.
+    by_scale = "scale-too-high" in by_cause and any(told.finding.cause == "scale-starts-too-high" for told in found)
     kept = []
     for told in sorted(found, key=lambda told: told.finding.evidence == course.log.ending):
         cause, evidence = told.finding.cause, told.finding.evidence
         owner = cause if cause in by_cause else ""
         if not owner and cause in _SHOWN_BY_INCIDENTS and grave:
             owner = last if last in grave else grave[0]
+        elif not owner and cause == "overflow-storm" and by_scale:
+            owner = "scale-too-high"
         if not owner:
             kept.append(told)
             continue
