@@ -1,15 +1,16 @@
 """How the data step's time and memory grow with the number of rows: 10^4, 10^5, 10^6, ... rows made up, in shards.
 
-    python bench/data.py [--rows 10000 100000 1000000] [--prepare-to N] [--near-to N]
+    python bench/data.py [--rows 10000 100000 1000000] [--seek-to N] [--prepare-to N] [--near-to N]
                          [--out bench/results/DATE-cpu-data.json]
 
 Rows are questions and answers put together from the text shipped with the project, 50,000 a shard of JSON lines. Of a
 hundred rows one is another's copy, one nearly so, one has no answer; a thousandth of what is left, at most 1,000 rows,
 is held out. What must be dropped is known, and checked. Each size and kind of work is a process of its own: `read`
-(read, clean, exact duplicates: `graftlm data`), `prepare` (the data step without near duplicates), `near` (with them);
-the last two up to so many rows as is asked. Memory is the most the process ever held (VmHWM), libraries included;
-`above` is what it held more than before the first row. Seconds are one core's where the process is pinned to one, and
-say nothing where other work ran beside; memory does not depend on that.
+(read, clean, exact duplicates: `graftlm data`), `seek` (the same, and near duplicates), `prepare` (the data step, which
+renders, without near duplicates), `near` (with them); all but the first up to so many rows as is asked. Memory is the
+most the process ever held (VmHWM), libraries included; `above` is what it held more than before the first row. Seconds
+are one core's where the process is pinned to one, and say nothing where other work ran beside; memory does not depend
+on that.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ SHARD_ROWS = 50_000
 HUNDRED = 100
 COPY, NEAR, EMPTY = 50, 75, 99  # which of a hundred rows is a copy, nearly one, or without an answer
 BACK = 37  # how far before it stands what is copied
-KINDS = ("read", "prepare", "near")
+KINDS = ("read", "seek", "prepare", "near")
+SIMILARITY = 0.9
 HOURS = 6
 
 
@@ -91,10 +93,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     source, kind = Source(path=job["shards"]), job["kind"]
     before = memory_mib("VmRSS")
     started, cpu_started = time.perf_counter(), time.process_time()
-    if kind == "read":
-        report = inspect_data([source], CARD)
+    near = SIMILARITY if kind in ("seek", "near") else None
+    if kind in ("read", "seek"):
+        report = inspect_data([source], CARD, near_duplicates=near)
     else:
-        near, held = 0.9 if kind == "near" else None, min(1000, job["rows"] // 1000)
+        held = min(1000, job["rows"] // 1000)
         section = Data(sources=(source,), heldout_rows=held, near_duplicates=near)
         report = prepare_data(section, tokenizer, CARD, Path(job["out"]))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
@@ -139,7 +142,8 @@ def points(asked: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         shards = folder / f"rows-{num_rows}"
         write_shards(shards, num_rows, fragments)
         for kind in KINDS:
-            if num_rows > {"read": num_rows, "prepare": asked.prepare_to, "near": asked.near_to}[kind]:
+            most = {"seek": asked.seek_to, "prepare": asked.prepare_to, "near": asked.near_to}
+            if num_rows > most.get(kind, num_rows):
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 job = {"rows": num_rows, "kind": kind, "shards": str(shards), "tokenizer": str(folder / "tokenizer")}
@@ -162,8 +166,9 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--seek-to", type=int, default=100_000, help="most rows whose near duplicates are sought")
     parser.add_argument("--prepare-to", type=int, default=1_000_000, help="most rows that are rendered too")
-    parser.add_argument("--near-to", type=int, default=100_000, help="most rows that near duplicates are sought in")
+    parser.add_argument("--near-to", type=int, default=100_000, help="most rows rendered once those are gone")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / f"{date.today()}-cpu-data.json")
     asked = parser.parse_args()
     report: dict[str, Any] = {
