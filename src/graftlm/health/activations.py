@@ -122,10 +122,10 @@ def kept_by_layer(
     ledger.norm(tokens, shape.hidden_size)
     if is_sparse:
         ledger.inputs(ends, shape.hidden_size, "q_proj")
-        ledger.inputs(tokens, shape.hidden_size, "k_proj", "v_proj", rounded_once=True)
+        ledger.inputs(tokens, shape.hidden_size, "k_proj", "v_proj")
         ledger.add(2 * ends * shape.head_size * WIDE)  # the labelled positions' rotation
     else:
-        ledger.inputs(tokens, shape.hidden_size, "q_proj", "k_proj", "v_proj", rounded_once=True)
+        ledger.inputs(tokens, shape.hidden_size, "q_proj", "k_proj", "v_proj")
     if shape.has_head_norms:
         ledger.norm(ends * shape.num_heads, shape.head_size, compute.num_bytes)
         ledger.norm(tokens * shape.num_kv_heads, shape.head_size, compute.num_bytes)
@@ -135,7 +135,7 @@ def kept_by_layer(
         ledger.attention(batch)
     ledger.inputs(ends, shape.query_width, "o_proj")
     ledger.norm(ends, shape.hidden_size)
-    ledger.inputs(ends, shape.hidden_size, "gate_proj", "up_proj", rounded_once=True)
+    ledger.inputs(ends, shape.hidden_size, "gate_proj", "up_proj")
     ledger.add(2 * ends * shape.intermediate_size * compute.num_bytes)  # gate and up (`model/lean.py`)
     ledger.inputs(ends, shape.intermediate_size, "down_proj")
     for name in shape.projections:
@@ -177,14 +177,14 @@ class _Ledger:
         """RMSNorm (`model/lean.py`): its input, and 1/rms in float32."""
         self.add(positions * (width * input_bytes + WIDE))
 
-    def inputs(self, positions: int, width: int, *names: str, rounded_once: bool = False) -> None:
-        """What went into linear maps with one input: one tensor in float32, a copy for each under autocast.
+    def inputs(self, positions: int, width: int, *names: str) -> None:
+        """What went into linear maps with one input: one tensor in float32; under autocast one copy that they share, or
+        one for each where any has an adapter (`model/rounded.py`).
 
-        `rounded_once`: they share a copy, unless one has an adapter. LoRA's dropout makes one for each in any case, and
-        a mask: a float32 an entry on a CPU, a byte on a GPU.
+        LoRA's dropout makes one for each in any case, and a mask: a float32 an entry on a CPU, a byte on a GPU.
         """
         needing = sum(map(self.learns.needs_input, names))
-        if rounded_once and not any(self._is_adapted(name) for name in names):
+        if not any(self._is_adapted(name) for name in names):
             needing = min(needing, 1)
         self.add(positions * width * self.compute.num_bytes * (needing if self._are_copied else min(needing, 1)))
         if self._is_dropping:

@@ -40,13 +40,15 @@ class LeanModules:
 
 def make_lean(body: nn.Module) -> LeanModules:
     """Replace what `_stand_in` knows of a Llama-like body; its forward then needs `layout=` (`attend_packed`)."""
-    found = [(parent, name, module) for parent in body.modules() for name, module in parent.named_children()]
-    replaced = [(parent, name, module) for parent, name, module in found if _stand_in(module) is not None]
-    for parent, name, module in reversed(replaced):  # what lies inside another before that other
-        stand_in = _stand_in(module)
-        assert stand_in is not None
+    found = [
+        (parent, name, module, stand_in)
+        for parent in body.modules()
+        for name, module in parent.named_children()
+        if (stand_in := _stand_in(module)) is not None
+    ]
+    for parent, name, module, stand_in in reversed(found):  # what lies inside another before that other
         setattr(parent, name, stand_in(module))
-    return LeanModules(tuple(replaced))
+    return LeanModules(tuple((parent, name, module) for parent, name, module, _ in found))
 
 
 def _stand_in(module: Any) -> type[_LeanNorm | _LeanMLP | PackedAttention] | None:

@@ -60,8 +60,8 @@ def whole_model(model: Any) -> WholeModel:
 class Prepared:
     """A model ready to learn.
 
-    Others stand for `lean`, its norms and MLPs, and for `held`, its frozen layers, in products of `held_for`. `whole`
-    is what rank 0 makes the finished model of where layers are shared out.
+    Others stand for `lean`, its norms, attention and MLPs, and for `held`, its frozen layers, in products of
+    `held_for`. `whole` is what rank 0 makes the finished model of where layers are shared out.
     """
 
     model: Any
