@@ -86,6 +86,7 @@ LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "AdamW loop": ({}, _adamw(is_foreach=False)),
     "micro-batches of 1024 tokens": ({"micro_batch_tokens": 1024}, None),
     "gradient checkpointing": ({"gradient_checkpointing": True}, None),
+    "compile": ({"compile": True}, None),
     "no recovery": ({"recovery": "off"}, None),
     "the other precision": ({"precision": "other"}, None),
 }

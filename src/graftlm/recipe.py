@@ -110,7 +110,7 @@ class LossScale(Section):
 
 # Knobs of a stage that change how it is computed, not what: they may be changed in the middle of one.
 HOW_NOT_WHAT = frozenset(
-    {"micro_batch_tokens", "gradient_checkpointing", "checkpoint_every", "recovery", "max_rollbacks"}
+    {"micro_batch_tokens", "gradient_checkpointing", "compile", "checkpoint_every", "recovery", "max_rollbacks"}
 )
 # Steps of every run, whose folders are found by these names.
 STEP_NAMES = frozenset({"scratch", "tokenizer", "base", "data", "model", "heldout", "report"})
@@ -137,6 +137,7 @@ class Stage(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     loss_scale: LossScale = LossScale()
     gradient_checkpointing: StrictBool = False
+    compile: StrictBool = False
     frozen_base: Literal["exact", "int8", "nf4"] = "exact"
     heldout_every: Count | None = None
     early_stop_after: Count | None = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from graftlm.model.rotary import rotated
+from graftlm.model.rotary import Rotation, rotated
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -15,7 +15,7 @@ def test_rotation_and_gradient(dtype: torch.dtype) -> None:
     cos_TD, sin_TD = torch.randn(2, 7, 8, dtype=wide)  # also the halves differ, as no model's do
     grad_THD = torch.randn(7, 3, 8, dtype=wide)
     found, expected = (x_THD.clone().requires_grad_() for _ in range(2))
-    turned = rotated(found, (cos_TD, sin_TD))
+    turned = rotated(found, Rotation(cos_TD, sin_TD))
     across_HTD = expected.to(wide).transpose(0, 1)[None]
     across = apply_rotary_pos_emb(across_HTD, across_HTD, cos_TD[None], sin_TD[None])[0]
     assert turned.dtype == wide

@@ -13,7 +13,7 @@ import torch
 from graftlm.model import packed
 from graftlm.model.grouped import attend_by_autograd
 from graftlm.model.packed import make_layout, packed_attention
-from graftlm.model.rotary import rotated
+from graftlm.model.rotary import Rotation, rotated
 from graftlm.model.varlen import make_bounds, runs_varlen, varlen_attention
 
 LENGTHS = [5, 1, 9, 4, 9, 2]
@@ -77,7 +77,7 @@ def test_one_call_equals_attention_by_groups(kv_heads: int, num_shared: int) -> 
 def test_rotating_on_the_way_equals_rotating_before(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     tensors = heads(7 + sum(LENGTHS), 2)
     angles = torch.rand(7 + sum(LENGTHS), 8, dtype=torch.float64)
-    rotation = angles.cos(), angles.sin()
+    rotation = Rotation(angles.cos(), angles.sin())
     query, key, value = tensors
     expected = by_groups(rotated(query, rotation), rotated(key, rotation), value, 7)
     if way == "by autograd":

@@ -12,6 +12,7 @@ from tiny_training import FIRST_NEW_ID, course_of, make_stage, tiny_model, weigh
 
 from graftlm.errors import DiskError, Interrupted, NumericalStop, UserError
 from graftlm.model.causal import load_causal, save_causal
+from graftlm.model.pointwise import compiled
 from graftlm.recipe import Lora
 from graftlm.run import read_metrics
 from graftlm.training import best as best_module
@@ -226,6 +227,20 @@ def test_gradient_checkpointing_changes_no_gradient(stage_run, trains):
     saving = finish(stage_run(stage.model_copy(update={"gradient_checkpointing": True}), "saving"))
     assert not any(getattr(module, "gradient_checkpointing", False) for module in saving.modules())
     assert all(torch.allclose(plain[name], t, rtol=1e-4, atol=1e-6) for name, t in saving.state_dict().items())
+
+
+def test_compiled_functions_train_alike(stage_run, capsys):
+    """Norms, gates and rotations compiled into one kernel each, where torch can compile."""
+    try:
+        compiled("cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    plain = finish(stage_run(make_stage(FULL), "plain")).state_dict()
+    assert "compiled" not in capsys.readouterr().err
+    compiling = finish(stage_run(make_stage(FULL, compile=True), "compiling")).state_dict()
+    assert "norms, gates and rotations compiled" in capsys.readouterr().err
+    assert any(not torch.equal(plain[name], t) for name, t in compiling.items())  # they did run
+    assert all(torch.allclose(plain[name], t, rtol=1e-4, atol=1e-6) for name, t in compiling.items())
 
 
 def with_readings(monkeypatch, readings):

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftlm.model.packed import PackedLayout, attend_rotating
+from graftlm.model.pointwise import AS_WRITTEN, Pointwise
+from graftlm.model.rotary import Rotation
 from graftlm.model.rounded import rounded_once
 
 MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -31,9 +33,8 @@ def attend(
     else:
         for_query, for_key, for_value = rounded_once(normed_1TH, maps)
     query, key, value = (_heads(layer, name, x)[0] for name, x in (("q", for_query), ("k", for_key), ("v", for_value)))
-    attended_NHD = attend_rotating(
-        query, key, value, (rotary[0][0], rotary[1][0]), layout, layer.scaling, at_labels=at_labels
-    )
+    rotation = Rotation(rotary[0][0], rotary[1][0], getattr(layer, "pointwise", AS_WRITTEN))
+    attended_NHD = attend_rotating(query, key, value, rotation, layout, layer.scaling, at_labels=at_labels)
     return layer.o_proj(attended_NHD.flatten(1)[None])
 
 
@@ -49,9 +50,9 @@ def _heads(layer: Any, name: str, normed_1TH: Tensor) -> Tensor:
 class PackedAttention(nn.Module):
     """Stands for a decoder's attention layer while packed rows are trained: the same maps and norms, `attend`."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, pointwise: Pointwise) -> None:
         super().__init__()
-        self.head_dim, self.scaling = own.head_dim, own.scaling
+        self.head_dim, self.scaling, self.pointwise = own.head_dim, own.scaling, pointwise
         for name in (*MAPS, *HEAD_NORMS):
             if hasattr(own, name):
                 setattr(self, name, getattr(own, name))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from graftlm.model.rotary import Rotation, rotate, rotate_back, rotated
+from graftlm.model.pointwise import AS_WRITTEN, Pointwise
+from graftlm.model.rotary import Rotation, rotated
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -101,8 +102,9 @@ def attend_in_groups(
     (docs/log.md).
     """
     if query_NHD.device.type == "cpu" and not dropout:
-        turns = () if rotations is None else (*rotations[0], *rotations[1])
-        return _Grouped.apply(query_NHD, key_THD, value_THD, pieces, scaling, *turns)
+        turns = () if rotations is None else (*rotations[0][:2], *rotations[1][:2])
+        pointwise = AS_WRITTEN if rotations is None else rotations[0].pointwise
+        return _Grouped.apply(query_NHD, key_THD, value_THD, pieces, scaling, pointwise, *turns)
     return attend_by_autograd(query_NHD, key_THD, value_THD, pieces, scaling, dropout, rotations)
 
 
@@ -145,10 +147,11 @@ class _Grouped(torch.autograd.Function):
         value_THD: torch.Tensor,
         pieces: Sequence[Piece],
         scaling: float,
+        pointwise: Pointwise,
         *turns: torch.Tensor,
     ) -> torch.Tensor:
         wide = _wide(query_NHD)
-        turned_NHD, turned_THD = _turned(query_NHD, key_THD, turns)
+        turned_NHD, turned_THD = _turned(query_NHD, key_THD, pointwise, turns)
         attended_NHD = torch.empty_like(query_NHD, dtype=wide, memory_format=torch.contiguous_format)
         log_sums = []
         for piece in pieces:
@@ -158,7 +161,7 @@ class _Grouped(torch.autograd.Function):
             )
             piece.queries.put(attended_NHD, attended)
             log_sums.append(log_sum)
-        ctx.pieces, ctx.scaling, ctx.num_turns = pieces, scaling, len(turns)
+        ctx.pieces, ctx.scaling, ctx.pointwise, ctx.num_turns = pieces, scaling, pointwise, len(turns)
         ctx.save_for_backward(query_NHD, key_THD, value_THD, attended_NHD, *turns, *log_sums)
         return attended_NHD.to(turned_NHD.dtype)
 
@@ -166,7 +169,7 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_NHD, key_THD, value_THD, attended_NHD, *others = ctx.saved_tensors
         turns, log_sums = others[: ctx.num_turns], others[ctx.num_turns :]
-        turned_NHD, turned_THD = _turned(query_NHD, key_THD, turns)
+        turned_NHD, turned_THD = _turned(query_NHD, key_THD, ctx.pointwise, turns)
         wide = attended_NHD.dtype
         grad_NHD = grad_outputs[0].to(wide)
         grad_query, grad_key, grad_value = (x.new_zeros(x.shape, dtype=wide) for x in (query_NHD, key_THD, value_THD))
@@ -182,19 +185,19 @@ class _Grouped(torch.autograd.Function):
             for total, part in ((grad_key, key), (grad_value, value)):
                 _put_keys(piece, total, part)
         if turns:
-            grad_query = rotate_back(grad_query, (turns[0], turns[1]))
-            grad_key = rotate_back(grad_key, (turns[2], turns[3]))
+            grad_query = ctx.pointwise.rotated_back(grad_query, *turns[:2])
+            grad_key = ctx.pointwise.rotated_back(grad_key, *turns[2:])
         found = (grad_query.to(query_NHD.dtype), grad_key.to(key_THD.dtype), grad_value.to(value_THD.dtype))
-        return (*found, None, None, *(None for _ in turns))
+        return (*found, None, None, None, *(None for _ in turns))
 
 
 def _turned(
-    query_NHD: torch.Tensor, key_THD: torch.Tensor, turns: Sequence[torch.Tensor]
+    query_NHD: torch.Tensor, key_THD: torch.Tensor, pointwise: Pointwise, turns: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, rotated where `turns` (cosines and sines of the ones, then of the others) says by how much."""
     if not turns:
         return query_NHD, key_THD
-    return rotate(query_NHD, (turns[0], turns[1])), rotate(key_THD, (turns[2], turns[3]))
+    return pointwise.rotated(query_NHD, *turns[:2]), pointwise.rotated(key_THD, *turns[2:])
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
 
 from graftlm.model.attention import MAPS, PackedAttention
+from graftlm.model.pointwise import AS_WRITTEN, Pointwise
 from graftlm.model.rounded import rounded_once
 
 _SILUS = (nn.SiLU, SiLUActivation)
@@ -38,7 +38,7 @@ class LeanModules:
             setattr(parent, name, own)
 
 
-def make_lean(body: nn.Module) -> LeanModules:
+def make_lean(body: nn.Module, pointwise: Pointwise = AS_WRITTEN) -> LeanModules:
     """Replace what `_stand_in` knows of a Llama-like body; its forward then needs `layout=` (`attend_packed`)."""
     found = [
         (parent, name, module, stand_in)
@@ -47,7 +47,7 @@ def make_lean(body: nn.Module) -> LeanModules:
         if (stand_in := _stand_in(module)) is not None
     ]
     for parent, name, module, stand_in in reversed(found):  # what lies inside another before that other
-        setattr(parent, name, stand_in(module))
+        setattr(parent, name, stand_in(module, pointwise))
     return LeanModules(tuple((parent, name, module) for parent, name, module, _ in found))
 
 
@@ -65,12 +65,12 @@ def _stand_in(module: Any) -> type[_LeanNorm | _LeanMLP | PackedAttention] | Non
 class _LeanNorm(nn.Module):
     """RMSNorm that keeps its input and one number a position."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, pointwise: Pointwise) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = own.weight, own.variance_epsilon
+        self.weight, self.variance_epsilon, self.pointwise = own.weight, own.variance_epsilon, pointwise
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Normed.apply(x, self.weight, self.variance_epsilon)
+        return _Normed.apply(x, self.weight, self.variance_epsilon, self.pointwise)
 
     def hand_on(self, own: Any) -> None:
         """Give what was learned to the model's own norm."""
@@ -80,13 +80,14 @@ class _LeanNorm(nn.Module):
 class _LeanMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) that keeps gate and up, and x once."""
 
-    def __init__(self, own: Any) -> None:
+    def __init__(self, own: Any, pointwise: Pointwise) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
+        self.pointwise = pointwise
 
     def forward(self, x: Tensor) -> Tensor:
         for_gate, for_up = rounded_once(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(_Gated.apply(self.gate_proj(for_gate), self.up_proj(for_up)))
+        return self.down_proj(_Gated.apply(self.gate_proj(for_gate), self.up_proj(for_up), self.pointwise))
 
     def hand_on(self, own: Any) -> None:
         """Give the maps, adapters on them included, to the model's own MLP."""
@@ -94,45 +95,29 @@ class _LeanMLP(nn.Module):
 
 
 class _Normed(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), rounded as transformers' LlamaRMSNorm does it: in float32, but float64 stays.
-
-    Its gradient: with n = x / rms and g the gradient times weight, (g - n * mean(g * n)) / rms. Source: RMSNorm, arXiv
-    1910.07467, differentiated. Where the squares of x pass the largest number the output is 0 and looks healthy: there
-    the gradient is NaN, so that the step is skipped and told.
-    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, pointwise: Pointwise) -> Tensor:
+        output, inverse_rms = pointwise.normed(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.pointwise = pointwise
+        return output
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse_rms.masked_fill(inverse_rms == 0, torch.nan))
-        return weight * (wide * inverse_rms).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        wide = inverse_rms.dtype
-        grad, normed = grad_outputs[0].to(wide), x.to(wide) * inverse_rms
-        by_weight = grad * normed
-        grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = by_weight.flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            along = (by_weight @ weight.to(wide))[..., None] / x.shape[-1]
-            grad_x = (grad * weight.to(wide)).addcmul_(normed, along, value=-1).mul_(inverse_rms).to(x.dtype)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.pointwise.normed_back(grad_outputs[0], *ctx.saved_tensors)
+        grad_x, grad_weight = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return grad_x, grad_weight, None, None
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up; backward makes the SiLU again, so its numbers are autograd's to the bit."""
+    """Backward makes the gate's SiLU again, so its numbers are autograd's to the bit."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, pointwise: Pointwise) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate) * up
+        ctx.pointwise = pointwise
+        return pointwise.gated(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gate, up = ctx.saved_tensors
-        grad = grad_outputs[0]
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        return (*ctx.pointwise.gated_back(grad_outputs[0], *ctx.saved_tensors), None)

@@ -153,9 +153,9 @@ def attend_rotating(
     D); `at_labels`: of queries at `layout.ends_at_N` alone."""
     if at_labels:
         assert layout.ends_at_N is not None
-        own = rotation[0].index_select(0, layout.ends_at_N), rotation[1].index_select(0, layout.ends_at_N)
         pieces = layout.labelled_groups
-        return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=(own, rotation))
+        rotations = rotation.at(layout.ends_at_N), rotation
+        return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=rotations)
     computed = _computed(query_NHD)
     if runs_varlen(query_NHD.device, computed, query_NHD.shape[2]):
         query, key, value = (

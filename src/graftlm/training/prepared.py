@@ -20,6 +20,7 @@ from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
 from graftlm.model.lean import LeanModules, make_lean
 from graftlm.model.packed import attend_packed, attend_plain
+from graftlm.model.pointwise import AS_WRITTEN, compiled
 from graftlm.model.rows import lay_rows_together
 from graftlm.model.sharded import shard_layers
 from graftlm.recipe import Stage
@@ -115,7 +116,7 @@ def prepared(
     model = prepare_model(model, stage.trains, first_new_id, stage.seed)
     is_shared_out = not ranks.hold_all
     whole = whole_model(model) if is_shared_out and ranks.is_first else None
-    lean = make_lean(body_of(model))
+    lean = make_lean(body_of(model), compiled(device.type) if stage.compile else AS_WRITTEN)
     # DeepSpeed cuts weights of one dtype only.
     held = HeldLayers(()) if ranks.zero_stage == 3 else hold_frozen_as(model, dtype, stage.frozen_base)
     model.to(device)
