@@ -55,7 +55,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were many rows: a chunk is soon full."""
     for module in (duplicates, near, shelf):
         monkeypatch.setattr(module, "CHUNK", 128)
-    monkeypatch.setattr(piles, "KEPT_BYTES", 2**14)
+    monkeypatch.setattr(piles, "KEPT_BYTES", 2**6)
+    monkeypatch.setattr(piles, "PILE_BYTES", 2**8)
 
 
 def test_exact_duplicates_go_and_near_misses_stay(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_the_search_on_disk_drops_what_the_one_in_memory_drops(tmp_path: Path, t
     assert min(expected.count(fate) for fate in ("kept", "near", "leak")) >= 8
 
 
-@pytest.mark.parametrize("kept_bytes", [1, 5000, 2**20])
+@pytest.mark.parametrize("kept_bytes", [1, 20, 2**12])
 def test_piles_hold_every_record_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from graftlm.run import ProgressShown
-from graftlm.text.piles import NUM_PILES, Piles, same_as_before
+from graftlm.text.piles import Piles, piles_for, same_as_before
 from graftlm.text.shelf import CHUNK, STILL_THERE, Fate, Shelf
 
 NUM_PERMUTATIONS = 128
@@ -45,10 +45,11 @@ _MEETING = np.dtype([("place", np.int64), ("start", np.int64), ("number", np.int
 def drop_near_duplicates(shelf: Shelf, threshold: float) -> None:
     """Drop what is to be learned and is near to a held-out dialogue, or to an earlier one that is kept."""
     rows = rows_per_band(threshold)
-    signatures = _Signatures(shelf.folder / "signatures", rows * (NUM_PERMUTATIONS // rows))
-    bands = Piles(shelf.folder / "bands", _BAND)
+    num_bands = NUM_PERMUTATIONS // rows
+    signatures = _Signatures(shelf.folder / "signatures", rows * num_bands)
+    bands = Piles(shelf.folder / "bands", _BAND, piles_for(shelf.count(*STILL_THERE) * num_bands * _BAND.itemsize))
     _sign(shelf, signatures, bands, rows)
-    meetings = _Meetings(shelf.folder, len(shelf))
+    meetings = _Meetings(shelf.folder, len(shelf), bands.count)
     meetings.find(bands)
     for place, others in meetings.by_place(shelf.fates):
         near = _nearest(shelf, signatures, place, others, threshold)
@@ -89,7 +90,8 @@ def _sign(shelf: Shelf, signatures: _Signatures, bands: Piles, rows: int) -> Non
         records = np.empty(hashes_NB.size, _BAND)
         records["hash"] = hashes_NB.ravel()
         records["place"] = np.repeat(at_N, hashes_NB.shape[1])
-        bands.add((records["hash"] >> np.uint64(56)).astype(np.int64), records)
+        high = (records["hash"] >> np.uint64(32)).astype(np.int64)
+        bands.add(high * bands.count >> 32, records)
         places.clear()
 
     with ProgressShown("near duplicates: signatures", num_left) as shown:
@@ -118,10 +120,10 @@ def band_hashes(digests_NP: np.ndarray, rows: int) -> np.ndarray:
 class _Meetings:
     """Which dialogues share a band: for each, stretches of a file that hold the earlier ones."""
 
-    def __init__(self, folder: Path, num_places: int) -> None:
+    def __init__(self, folder: Path, num_places: int, num_piles: int) -> None:
         self._members = folder / "members"
         self._num_places = num_places
-        self._meetings = Piles(folder / "meetings", _MEETING)
+        self._meetings = Piles(folder / "meetings", _MEETING, num_piles)
 
     def find(self, bands: Piles) -> None:
         """Sort every pile of bands; what stands alone in its band meets no one."""
@@ -139,7 +141,7 @@ class _Meetings:
                 meetings["place"] = members[same_N]
                 meetings["start"] = written + first_N[same_N]
                 meetings["number"] = (at_N - first_N)[same_N]
-                self._meetings.add(meetings["place"] * NUM_PILES // max(self._num_places, 1), meetings)
+                self._meetings.add(meetings["place"] * self._meetings.count // max(self._num_places, 1), meetings)
                 written += len(members)
 
     def by_place(self, fates: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

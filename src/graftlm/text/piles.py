@@ -12,23 +12,31 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_PILES = 256
-KEPT_BYTES = 2**20
-"""Records that are kept in memory before they are written: few files where there are few."""
+PILE_BYTES = 2 * 2**20
+"""What a pile should hold at most where it is known beforehand how much there will be."""
+
+KEPT_BYTES = 2**12
+"""Records that are kept in memory, a pile, before they are written: few files where there are few."""
+
+
+def piles_for(num_bytes: int) -> int:
+    """How many piles keep so many bytes near `PILE_BYTES` each."""
+    return max(NUM_PILES, -(-num_bytes // PILE_BYTES))
 
 
 class Piles:
-    """Records of one structured dtype, in `NUM_PILES` files below `folder`; within a pile in the order of adding."""
+    """Records of one structured dtype, in `count` files below `folder`; within a pile in the order of adding."""
 
-    def __init__(self, folder: Path, dtype: npt.DTypeLike) -> None:
-        self._folder, self._dtype = folder, np.dtype(dtype)
+    def __init__(self, folder: Path, dtype: npt.DTypeLike, count: int = NUM_PILES) -> None:
+        self._folder, self._dtype, self.count = folder, np.dtype(dtype), count
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._kept_bytes = 0
 
     def add(self, piles_N: np.ndarray, records_N: np.ndarray) -> None:
-        """Put every record on its pile (0 to NUM_PILES - 1)."""
+        """Put every record on its pile (0 to `count` - 1)."""
         self._kept.append((piles_N, records_N))
         self._kept_bytes += records_N.nbytes
-        if self._kept_bytes >= KEPT_BYTES:
+        if self._kept_bytes >= KEPT_BYTES * self.count:
             self._write()
 
     def _write(self) -> None:
@@ -45,7 +53,7 @@ class Piles:
         piles_N = np.concatenate([np.zeros(0, np.int64), *(piles for piles, _ in self._kept)])
         records_N = np.concatenate([np.zeros(0, self._dtype), *(records for _, records in self._kept)])
         order_N = np.argsort(piles_N, kind="stable")
-        return np.split(records_N[order_N], np.searchsorted(piles_N[order_N], np.arange(1, NUM_PILES)))
+        return np.split(records_N[order_N], np.searchsorted(piles_N[order_N], np.arange(1, self.count)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Every pile that holds anything, by number."""

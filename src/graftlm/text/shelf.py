@@ -108,7 +108,7 @@ class Shelf:
 
     def count(self, *fates: Fate) -> int:
         """How many dialogues have one of these fates."""
-        return int(np.isin(self.fates, fates).sum())
+        return sum(int(np.count_nonzero(self.fates == fate)) for fate in fates)  # np.isin would take 8 bytes a row
 
     def read(self, *fates: Fate) -> Iterator[tuple[int, Conversation]]:
         """Dialogues with one of these fates, in order, each with its place. Fates may be changed meanwhile."""
