@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_processes import ended, environment, on_ranks, started
 from rank_stage import AT, CPU, PATIENCE, run_of, whole
 
@@ -111,6 +112,32 @@ def test_a_rank_that_fails_ends_all_and_the_run_goes_on(
     if fault is killed and rank == 1:
         again = on_ranks(2, whole, tmp_path / "run", folder=tmp_path / "again")
         assert again == on_ranks(2, whole, tmp_path / "uninterrupted", folder=tmp_path / "whole")
+
+
+def at_odds(folder: Path) -> None:
+    """Each waits for something else of the other; rank 1 a little longer already."""
+    ranks: Any = None
+    try:
+        with joined(place_here(), {}, CPU, PATIENCE, 30.0, "full") as ranks, ranks.passes_answered():
+            time.sleep(2.0 if ranks.is_first else 0.0)
+            dist.recv(torch.zeros(1), src=1 - ranks.rank)
+    except UserError as error:
+        if ranks.speaks:
+            print(f"{error.problem}\n{error.fix}", file=sys.stderr)
+            keep_stacks(folder, ranks.stacks)
+        sys.exit(error.exit_code)
+
+
+def test_ranks_that_wait_for_one_another_are_told_to_hang(tmp_path: Path) -> None:
+    """R4: no word of a killed rank, and the stacks of both, though rank 0 sees a broken wire and no time run out."""
+    (tmp_path / "run").mkdir()
+    processes = started(2, at_odds, tmp_path / "run", folder=tmp_path)
+    assert ended(processes, 40) == {0: 130, 1: 130}
+    told = "".join((tmp_path / f"{one}.err").read_text() for one in (0, 1))
+    assert told.count(f"A rank of 2 did not answer for {PATIENCE:g} s: it hangs") == 1, told
+    assert "is gone" not in told
+    for rank in (0, 1):
+        assert "at_odds" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
 
 
 def silent_first(patience: float) -> None:

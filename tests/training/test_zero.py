@@ -35,11 +35,12 @@ from test_sharded_ranks import CASES, CLOSE, hold_alike, hold_equal, trained
 from tiny_training import FIRST_NEW_ID, FULL, LORA_ALL, make_rows, make_stage, tiny_model
 
 from graftlm.errors import UserError
+from graftlm.training import zero
 from graftlm.training.batches import shares
 from graftlm.training.checkpoint import load_checkpoint, newest_checkpoint
 from graftlm.training.joining import joined, refuse_missing_deepspeed
 from graftlm.training.place import place_here
-from graftlm.training.ranks import ALONE
+from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.stage import StageRun
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -82,6 +83,21 @@ def test_zero_is_one_run(
     hold_equal(one / case, two / case, close)
     hold_alike(one / f"{case}.pt", two / f"{case}.pt", heavy)
     assert len({tuple(rank[case]["whole"]) for rank in together[1]}) == 1
+
+
+def gathering(ranks: Ranks, stage: Any, folder: Path) -> None:
+    """Weights are sent whatever their size, as a real model's are: DeepSpeed keeps small ones whole."""
+    zero.ZERO[3] = {**zero.ZERO[3], "stage3_param_persistence_threshold": 0}
+    trained(ranks, {"run": (stage, False, make_rows(9))}, folder)
+
+
+@needs_deepspeed
+def test_a_rank_without_rows_keeps_in_step(tmp_path: Path) -> None:
+    """The last step of an epoch has one row: what the idle rank fetches ahead must be what the other one does."""
+    stage = make_stage(FULL, epochs=3, heldout_every=3)
+    trained(ALONE, {"run": (stage, False, make_rows(9))}, tmp_path / "one")
+    on_ranks(2, gathering, stage, tmp_path / "two", folder=tmp_path / "processes", shard="zero3")
+    hold_equal(tmp_path / "one" / "run", tmp_path / "two" / "run", NUMBERS)
 
 
 @needs_deepspeed

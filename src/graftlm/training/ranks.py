@@ -304,8 +304,11 @@ class Ranks:
                     silent.remove(rank)
             time.sleep(POLL_SECONDS)
         self.speaks = self.rank == min(set(range(self.count)) - set(silent))
-        if has_waited:
-            self.stacks = within(GRACE_SECONDS, lambda: stacks_told(self._store, self.count)) or {}
+        # Where all wait, none for what another does, the first to give up breaks the wires of the others.
+        if has_waited or within(GRACE_SECONDS, lambda: self._store.check([ASKED])):
+            has_waited = True
+            here = [rank for rank in range(self.count) if rank not in silent]
+            self.stacks = within(GRACE_SECONDS, lambda: stacks_told(self._store, self.count, here)) or {}
         return self._lost(silent, has_waited)
 
     def _last_words(self, rank: int) -> tuple[bytes | None, bool]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ASKED = "stacks/asked"
 FOLDER = "stacks"
+ANSWER_SECONDS = 2.0  # fewer than those who ask wait for the store
 SILENT = "It gave no answer: the process is gone, stopped, or inside a call that does not let others run.\n"
 
 
@@ -33,8 +35,11 @@ def answer_if_asked(store: Any, rank: int) -> None:
         store.set(key, own_stacks())
 
 
-def stacks_told(store: Any, count: int) -> dict[int, str]:
-    """By rank, what each said; what is said of a rank that gave no answer."""
+def stacks_told(store: Any, count: int, awaited: Sequence[int] = ()) -> dict[int, str]:
+    """By rank, what each said; what is said of a rank that gave no answer. Those `awaited` have some seconds for it."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while time.monotonic() < until and not all(store.check([_key(rank)]) for rank in awaited):
+        time.sleep(0.1)
     return {rank: store.get(_key(rank)).decode() if store.check([_key(rank)]) else SILENT for rank in range(count)}
 
 

@@ -72,11 +72,15 @@ class _EarlyStop(Exception):
     """Held-out loss has not improved for long enough."""
 
 
-def _sparing(stage: Stage, model: Any) -> Sparing:
-    """Work left out where that is exact: nothing where dropout draws anew for every token."""
+def _sparing(stage: Stage, model: Any, ranks: Ranks) -> Sparing:
+    """Work left out where that is exact: nothing where dropout draws anew for every token.
+
+    In ZeRO-3 not the last layer's: DeepSpeed fetches weights ahead in the order modules were called in, and a rank on
+    the short cut beside one that is not (an idle one, or one with nearly all positions labelled) would never meet it.
+    """
     dropout = max(getattr(stage.trains, "dropout", 0.0), getattr(plain_model(model).config, "attention_dropout", 0.0))
     if dropout == 0.0:
-        return Sparing()
+        return Sparing(last_layer=ranks.zero_stage != 3)
     say(f"{stage.name}: with dropout {dropout:g} common beginnings and the last layer are computed in full")
     return NO_SPARING
 
@@ -118,7 +122,7 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
-            sparing=_sparing(stage, self.model),
+            sparing=_sparing(stage, self.model, ranks),
             rank=ranks.rank,
             num_ranks=ranks.count,
             is_even=ranks.pass_together,

@@ -191,7 +191,7 @@ class _Third:
     told = (
         "Weights, gradients and moments are cut. Held-out readings, replays and the look before the first step put all "
         "weights together on every rank, the latter two their gradients too: where that does not fit, take "
-        "ranks.shard=full."
+        "ranks.shard=full. The last layer is computed at all positions, labelled or not."
     )
 
     def __init__(self, deepspeed: Any) -> None:
