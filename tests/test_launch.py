@@ -112,6 +112,11 @@ def test_all_machines_ranks_are_counted_against_rows_and_parts(recipe: Path) -> 
         launch(2, Place(), loaded, [], Machines(2, 0, "first"))
 
 
+def test_a_first_machine_of_no_known_name_is_told_at_once(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"--master no-such-host.invalid: this machine knows no host of that name"):
+        launch(1, Place(), load_recipe(recipe), [], Machines(2, 1, "no-such-host.invalid"))
+
+
 @pytest.mark.parametrize(
     ("number", "problem", "fix"),
     [

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ def launch(
     refuse_missing_deepspeed(recipe.ranks.shard)
     if recipe.ranks.shard == "hybrid":
         refuse_uneven_machines(Place(0, num_ranks * machines.count, 0, num_ranks))
+    if machines.count > 1:
+        _refuse_unknown_host(machines)
     logging.disable(logging.CRITICAL)  # the launcher's story of an end; ours is below
     if os.environ.get(LOG_LEVEL) == UNHEARD:
         os.environ[LOG_LEVEL] = "ERROR"  # of the ranks that are started now
@@ -174,6 +177,17 @@ def _meeting(machines: Machines, recipe: Recipe) -> list[str]:
         f"--master-port={machines.port}",
         f"--rdzv-conf=timeout={recipe.ranks.join_seconds}",
     ]
+
+
+def _refuse_unknown_host(machines: Machines) -> None:
+    """Raises UserError at once, where the launcher would ask for the whole time machines may take to come."""
+    try:
+        socket.getaddrinfo(machines.first, machines.port)
+    except OSError as error:
+        raise UserError(
+            f"--master {machines.first}: this machine knows no host of that name ({error.strerror}).",
+            "Give the first machine's address, or a name that every machine knows.",
+        ) from None
 
 
 def _not_met(machines: Machines, recipe: Recipe, error: Exception) -> UserError:
