@@ -140,6 +140,28 @@ def test_ranks_that_wait_for_one_another_are_told_to_hang(tmp_path: Path) -> Non
         assert "at_odds" in (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
 
 
+def not_looking(folder: Path) -> None:
+    """Of three ranks one is killed; of the others one finds out at once, and one waits for it alone."""
+    ranks: Any = None
+    try:
+        with joined(place_here(), {}, CPU, 20.0, 30.0, "full") as ranks, ranks.passes_answered():
+            if ranks.rank == 2:
+                time.sleep(1.0)
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.recv(torch.zeros(1), src=1 + ranks.rank)
+    except UserError as error:
+        print(error.problem, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def test_a_rank_that_has_not_seen_the_loss_yet_is_not_called_lost(tmp_path: Path) -> None:
+    """Rank 0 waits for rank 1, which tells of rank 2 alone."""
+    processes = started(3, not_looking, tmp_path, folder=tmp_path)
+    assert ended(processes, 40) == {0: 130, 1: 130, 2: -signal.SIGKILL}
+    for rank in (0, 1):
+        assert "Rank 2 of 3 is gone" in (tmp_path / f"{rank}.err").read_text()
+
+
 def silent_first(patience: float) -> None:
     """Rank 0 stops dead before it has anything for the others to do."""
     ranks: Any = None

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from graftlm.errors import DiskError, Interrupted, NumericalStop, RankLost, UserError
-from graftlm.training.stacks import ASKED, stacks_told
+from graftlm.training.stacks import ASKED, call_roll, is_alive, stacks_told
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ class Ranks:
         if has_waited:
             within(GRACE_SECONDS, lambda: self._store.set(ASKED, str(self.rank)))
         until = time.monotonic() + GRACE_SECONDS
-        within(GRACE_SECONDS, lambda: self._store.set(f"here/{self.rank}", "lost"))
+        within(GRACE_SECONDS, lambda: (self._store.set(f"here/{self.rank}", "lost"), call_roll(self._store)))
         silent = [rank for rank in range(self.count) if rank != self.rank]
         while silent and time.monotonic() < until:
             said = within(GRACE_SECONDS, lambda: [self._last_words(rank) for rank in silent])
@@ -303,6 +303,8 @@ class Ranks:
                 if left is not None or is_here:
                     silent.remove(rank)
             time.sleep(POLL_SECONDS)
+        # One that waits for a rank which is still there has not seen yet that the wire broke: it is no cause of it.
+        silent = [rank for rank in silent if has_waited or not self._is_alive(rank)]
         self.speaks = self.rank == min(set(range(self.count)) - set(silent))
         # Where all wait, none for what another does, the first to give up breaks the wires of the others.
         if has_waited or within(GRACE_SECONDS, lambda: self._store.check([ASKED])):
@@ -314,6 +316,10 @@ class Ranks:
     def _last_words(self, rank: int) -> tuple[bytes | None, bool]:
         """Why a rank left, if it said so, and whether it is there and misses another as this one does."""
         return self._read(f"left/{rank}"), self._store.check([f"here/{rank}"])
+
+    def _is_alive(self, rank: int) -> bool:
+        """Whether a rank answered beside its work, whatever that waits for."""
+        return bool(within(GRACE_SECONDS, lambda: is_alive(self._store, rank)))
 
     def _lost(self, silent: Sequence[int], has_waited: bool) -> RankLost:
         who = f"Rank {', '.join(map(str, silent))} of {self.count}" if silent else f"A rank of {self.count}"

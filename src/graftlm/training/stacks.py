@@ -1,7 +1,7 @@
-"""What every thread of every rank is doing, asked for when one of them no longer answers.
+"""Whether every rank is still there, and what its threads are doing: asked when one of them no longer answers.
 
-Owns the question and the answers in the store, and the files they become. Each rank answers from a thread beside its
-work, so that one which hangs can still be asked. Does not know when a rank counts as hanging (`ranks.py`).
+Owns these questions and the answers in the store, and the files stacks become. Each rank answers from a thread beside
+its work, so that one which hangs can still be asked. Does not know when a rank counts as hanging (`ranks.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,20 @@ from pathlib import Path
 from typing import Any
 
 ASKED = "stacks/asked"
+ROLL = "roll"
 FOLDER = "stacks"
 ANSWER_SECONDS = 2.0  # fewer than those who ask wait for the store
 SILENT = "It gave no answer: the process is gone, stopped, or inside a call that does not let others run.\n"
+
+
+def call_roll(store: Any) -> None:
+    """Ask every rank whether it is there."""
+    store.set(ROLL, "")
+
+
+def is_alive(store: Any, rank: int) -> bool:
+    """Whether a rank has answered that it is."""
+    return store.check([f"{ROLL}/{rank}"])
 
 
 def own_stacks() -> str:
@@ -29,7 +40,9 @@ def own_stacks() -> str:
 
 
 def answer_if_asked(store: Any, rank: int) -> None:
-    """Put this process's stacks into the store where another rank asked for them."""
+    """Say that this rank is there, and put its stacks into the store, where another one asked for it."""
+    if store.check([ROLL]):
+        store.set(f"{ROLL}/{rank}", "")
     key = _key(rank)
     if store.check([ASKED]) and not store.check([key]):
         store.set(key, own_stacks())
