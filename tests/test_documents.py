@@ -122,7 +122,7 @@ def test_scripts_for_ssh_and_slurm_start_the_run_on_two_machines(
     """Checked with their variables set by hand: there is neither another machine nor Slurm here."""
     monkeypatch.chdir(desk)
     of_ssh, of_slurm = blocks(name, "bash")
-    (by_ssh,) = re.findall(r'ssh machine-\$n "cd graftlm && graftlm run ([^"]*)" &', of_ssh)
+    (by_ssh,) = re.findall(r'ssh machine-\$n "cd graftlm && \. \.venv/bin/activate && graftlm run ([^"]*)" &', of_ssh)
     (by_slurm,) = re.findall(r"srun bash -c 'graftlm run ([^']*)'", of_slurm)
     slurms = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "1", "$FIRST": "machine-0"}
     for line, variables in ((by_ssh, {"$n": "1"}), (by_slurm, slurms)):

@@ -78,6 +78,11 @@ class Ranks:
         """Into how many parts a layer's weights are cut: 1 where every rank holds all."""
         return 1 if self.mesh is None else self.mesh.size(self.mesh.ndim - 1)
 
+    def in_words(self) -> str:
+        """How many they are and whether layers are shared out, for the log; nothing of one alone."""
+        parts = f", layers in {self.num_parts} parts" if self.num_parts > 1 else ""
+        return "" if self.is_alone else f", {self.count} ranks{parts}"
+
     @property
     def pass_together(self) -> bool:
         """Whether passes are work in common, so that all must take equally many in a step."""

@@ -195,7 +195,7 @@ class StageRun:
     def _run(self) -> None:
         if not self.saver.in_background:
             say(f"{self.stage.name}: a step waits while a checkpoint is written: memory holds no copy of it")
-        where = self.precision.device.type + ("" if self.ranks.is_alone else f", {self.ranks.count} ranks")
+        where = self.precision.device.type + self.ranks.in_words()
         also = ", norms, gates and rotations compiled" if self.stage.compile else ""
         say(f"{self.stage.name}: {self.precision.name} on {where}, attention by {self.attention}{also}")
         forget_peak_memory(self.precision.device)
