@@ -15,14 +15,11 @@ def results(attend, num_shared: int, kv_heads: int, dtype: torch.dtype, at_label
     torch.manual_seed(0)
     ends_at_N = torch.tensor([2, 3, 4, 9, 13, 14, 27, 29]) + num_shared  # one row has none
     layout = make_layout(LENGTHS, torch.device("cpu"), num_shared, ends_at_N)
-    pieces = layout.labelled_groups if at_labels else layout.groups
+    pieces = layout.labelled if at_labels else layout.whole
     num_tokens = num_shared + sum(LENGTHS)
     num_queries = len(ends_at_N) if at_labels else num_tokens
     query = torch.randn(num_queries, 4, 8, dtype=torch.float64).to(dtype).requires_grad_()
     key, value = (torch.randn(num_tokens, kv_heads, 8, dtype=torch.float64).to(dtype).requires_grad_() for _ in "kv")
-    if num_shared and not at_labels:
-        row = make_layout([num_shared], torch.device("cpu")).groups
-        pieces = (*row, *pieces)
     attended = attend(query, key, value, pieces, 0.4)
     weights = torch.randn(attended.shape, dtype=torch.float64).to(dtype)
     return [attended, *torch.autograd.grad((attended * weights).sum(), (query, key, value))]
@@ -46,7 +43,7 @@ def test_a_number_that_is_not_finite_stays_in_its_row() -> None:
     query, key, value = (torch.randn(14, 2, 8) for _ in range(3))
     key[6] = float("nan")
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    attended = attend_in_groups(*leaves, layout.groups, 0.4)
+    attended = attend_in_groups(*leaves, layout.whole, 0.4)
     in_row = torch.zeros(14, dtype=torch.bool)
     in_row[5:9] = True
     for found in (attended, *torch.autograd.grad(attended.sum(), leaves)):
@@ -57,7 +54,7 @@ def test_a_number_that_is_not_finite_stays_in_its_row() -> None:
 def test_without_labelled_positions_nothing_is_attended() -> None:
     layout = make_layout(LENGTHS, torch.device("cpu"), 0, torch.zeros(0, dtype=torch.long))
     query, keys = torch.zeros(0, 4, 8, requires_grad=True), torch.randn(30, 4, 8, requires_grad=True)
-    attended = attend_in_groups(query, keys, keys, layout.labelled_groups, 0.4)
+    attended = attend_in_groups(query, keys, keys, layout.labelled, 0.4)
     attended.sum().backward()
     assert attended.shape == (0, 4, 8)
     assert keys.grad is not None

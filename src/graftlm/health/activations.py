@@ -78,7 +78,7 @@ def counts_of(layout: PackedLayout, num_labels: int) -> MicroBatch:
     """Count a layout."""
     shared = layout.num_shared
     shapes = [tuple(group.keys.gather_BL.shape) for group in layout.groups]
-    asked = layout.labelled_groups
+    asked = layout.labelled.each
     return MicroBatch(
         num_tokens=layout.positions_1T.shape[1],
         num_shared=shared,

@@ -28,7 +28,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from graftlm.errors import UserError
-from graftlm.model.grouped import Piece, Places, attend_in_groups
+from graftlm.model.grouped import Piece, Pieces, Places, attend_in_groups
 from graftlm.model.rotary import Rotation, rotated
 from graftlm.model.varlen import Bounds, make_bounds, runs_varlen, varlen_attention
 
@@ -40,18 +40,22 @@ MAX_PADDING_SHARE = 0.2
 class PackedLayout:
     """Where each row of a packed micro-batch lies: its groups, its bounds, and positions that restart in every row.
 
-    `groups` are attended at all positions, `labelled_groups` (those that have any) at the labelled ones. The first
-    `num_shared` tokens are the prefix all rows begin with, attended as a row of its own (`front`, empty without one); a
-    row's own positions go on after them. `ends_at_N` are the positions the last layer is computed at; None means all.
+    `whole` is attended at all positions, `labelled` (groups that have any) at the labelled ones. The first `num_shared`
+    tokens are the prefix all rows begin with, attended as a row of its own before the groups; a row's own positions go
+    on after them. `ends_at_N` are the positions the last layer is computed at; None means all.
     """
 
-    groups: tuple[Piece, ...]
-    labelled_groups: tuple[Piece, ...]
-    front: tuple[Piece, ...]
+    whole: Pieces
+    labelled: Pieces
     bounds: Bounds
     positions_1T: torch.Tensor
     num_shared: int = 0
     ends_at_N: torch.Tensor | None = None
+
+    @property
+    def groups(self) -> tuple[Piece, ...]:
+        """Groups of rows at all positions, without the prefix."""
+        return self.whole.each[1:] if self.num_shared else self.whole.each
 
 
 def make_layout(
@@ -81,7 +85,8 @@ def make_layout(
     positions = torch.cat([torch.arange(num_shared), *own]).to(device)
     bounds = make_bounds(lengths, num_shared, device)
     return PackedLayout(
-        tuple(whole for whole, _ in pieces), tuple(labelled for _, labelled in pieces if labelled is not None), front,
+        Pieces.of([*front, *(whole for whole, _ in pieces)], device),
+        Pieces.of([labelled for _, labelled in pieces if labelled is not None], device),
         bounds, positions[None], num_shared, None if ends_at_N is None else ends_at_N.to(device),
     )  # fmt: skip
 
@@ -135,8 +140,7 @@ def packed_attention(
     if not dropout and runs_varlen(query_THD.device, computed, query_THD.shape[2]):
         query_THD, key_THD, value_THD = (x.to(computed) for x in (query_THD, key_THD, value_THD))
         return varlen_attention(query_THD, key_THD, value_THD, layout.bounds, scaling)[None], None
-    pieces = (*layout.front, *layout.groups)
-    return attend_in_groups(query_THD, key_THD, value_THD, pieces, scaling, dropout)[None], None
+    return attend_in_groups(query_THD, key_THD, value_THD, layout.whole, scaling, dropout)[None], None
 
 
 def attend_rotating(
@@ -153,17 +157,15 @@ def attend_rotating(
     D); `at_labels`: of queries at `layout.ends_at_N` alone."""
     if at_labels:
         assert layout.ends_at_N is not None
-        pieces = layout.labelled_groups
         rotations = rotation.at(layout.ends_at_N), rotation
-        return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=rotations)
+        return attend_in_groups(query_NHD, key_THD, value_THD, layout.labelled, scaling, rotations=rotations)
     computed = _computed(query_NHD)
     if runs_varlen(query_NHD.device, computed, query_NHD.shape[2]):
         query, key, value = (
             x.to(computed) for x in (rotated(query_NHD, rotation), rotated(key_THD, rotation), value_THD)
         )
         return varlen_attention(query, key, value, layout.bounds, scaling)
-    pieces = (*layout.front, *layout.groups)
-    return attend_in_groups(query_NHD, key_THD, value_THD, pieces, scaling, rotations=(rotation, rotation))
+    return attend_in_groups(query_NHD, key_THD, value_THD, layout.whole, scaling, rotations=(rotation, rotation))
 
 
 def _computed(x: torch.Tensor) -> torch.dtype:
