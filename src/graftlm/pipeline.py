@@ -19,6 +19,7 @@ from graftlm.device import machine_name, use_all_cores
 from graftlm.errors import NumericalStop, UserError
 from graftlm.health.autopsy import Autopsy, autopsy
 from graftlm.inputs import check_inputs, inputs_of
+from graftlm.model.pointwise import compiled
 from graftlm.recipe import HOW_NOT_WHAT, Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
 from graftlm.release.card import Form, write_card
@@ -129,6 +130,8 @@ def _begun(
         orders = walk.orders()
         walk.refuse_lost_training(orders)
         walk.look_at_inputs(orders)
+        if any(stage.compile for stage in recipe.stages):
+            compiled(walk.road.device.type)  # what cannot be compiled here is told now, not after hours of data
         run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
         yield walk, orders
 

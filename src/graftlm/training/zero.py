@@ -62,6 +62,10 @@ class ZeroEngine:
         """Cuts a prepared model. All ranks must call it together. Raises RankLost."""
         deepspeed = _imported(next(model.parameters()).device)
         self._cut = _Third(deepspeed) if ranks.zero_stage == 3 else _Second()
+        if ranks.is_first:
+            say(
+                f"{stage.name}: DeepSpeed starts; the first time on a machine it compiles a part of itself, for minutes"
+            )
         learning = trainable_parameters(model)
         twins = self._cut.twins_of(model)
         named = {name: twins[id(p)] for name, p in learning.items()}
