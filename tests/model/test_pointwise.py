@@ -29,7 +29,7 @@ def inputs(name: str, length: int, dtype: torch.dtype) -> list[Any]:
     grad, x, other = torch.randn(3, 1, length, 24, dtype=wide).to(dtype)
     if name.startswith("normed"):
         weight, factor = torch.rand(24, dtype=wide), torch.rand(1, length, 1, dtype=wide)
-        return [x, weight, 1e-5] if name == "normed" else [grad, x, weight, factor]
+        return [x, weight, 1e-5] if name == "normed" else [grad, x, weight, factor, True]
     if name.startswith("gated"):
         return [grad, x] if name == "gated" else [grad, x, other]
     cos_TD, sin_TD = torch.randn(2, length, 8, dtype=wide)

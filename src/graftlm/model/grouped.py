@@ -112,7 +112,7 @@ class Pieces:
         """Gather these on `device`."""
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         queries = torch.cat([nothing, *(piece.queries.gather_BL.flatten() for piece in each)])
-        is_real = torch.cat([nothing.bool(), *(piece.queries.real_BL.flatten().to(device) for piece in each)])
+        is_real = torch.cat([nothing.bool(), *(piece.queries.real_BL.flatten() for piece in each)])
         keys = torch.cat([nothing, *(piece.key_places().flatten() for piece in each)])
         real = is_real.nonzero()[:, 0]
         back_N = torch.empty_like(real)

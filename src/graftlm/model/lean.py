@@ -104,9 +104,8 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.pointwise.normed_back(grad_outputs[0], *ctx.saved_tensors)
-        grad_x, grad_weight = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return grad_x, grad_weight, None, None
+        grads = ctx.pointwise.normed_back(grad_outputs[0], *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return (*grads, None, None)
 
 
 class _Gated(torch.autograd.Function):

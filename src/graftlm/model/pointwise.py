@@ -33,15 +33,17 @@ def normed(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight_H * (wide * inverse_rms).to(x.dtype), inverse_rms.masked_fill(inverse_rms == 0, torch.nan)
 
 
-def normed_back(grad: Tensor, x: Tensor, weight_H: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of what `normed` was given, x and weight.
+def normed_back(
+    grad: Tensor, x: Tensor, weight_H: Tensor, inverse_rms: Tensor, weight_learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what `normed` was given, x and, where it learns, weight.
 
     With n = x / rms and g the gradient times weight: (g - n * mean(g * n)) / rms, and the sum of grad * n.
     """
     wide = inverse_rms.dtype
     weight, unscaled = weight_H.to(wide), x.to(wide) * inverse_rms
     by_weight = grad.to(wide) * unscaled
-    grad_weight = by_weight.flatten(0, -2).sum(0).to(weight_H.dtype)
+    grad_weight = by_weight.flatten(0, -2).sum(0).to(weight_H.dtype) if weight_learns else None
     along = (by_weight @ weight)[..., None] / x.shape[-1]
     return (grad.to(wide) * weight).addcmul_(unscaled, along, value=-1).mul_(inverse_rms).to(x.dtype), grad_weight
 
@@ -85,7 +87,7 @@ class Pointwise:
     """The functions of this file, as they are written or each compiled."""
 
     normed: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = normed
-    normed_back: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = normed_back
+    normed_back: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]] = normed_back
     gated: Callable[[Tensor, Tensor], Tensor] = gated
     gated_back: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_back
     rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = rotated
