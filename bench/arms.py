@@ -6,24 +6,32 @@ A step is 16 rows in every arm. Owns names and settings only; what a setting mea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from judging import OURS
 
+from graftlm.cli.app import GIVEN_BACK
+
 BATCH_ROWS = 16
+AS_RUN = {
+    "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK), "MALLOC_TRIM_THRESHOLD_": str(GIVEN_BACK), "THP_MEM_ALLOC_ENABLE": "1"
+}  # fmt: skip
+"""What `graftlm` sets of malloc for itself: read by glibc and torch when a process starts."""
 PACKS = {511: 4, 1023: 2, 2047: 1}
 """Packs a step's rows fill at each budget (tokens): one less than a multiple of 8, since LLaMA-Factory adds a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One setting of one trainer; `packs` is how many packs it makes of a step's rows."""
+    """One setting of one trainer; `packs` is how many packs it makes of a step's rows, `environment` what its process
+    is given besides what all are."""
 
     name: str
     peer: str
     settings: dict[str, Any] = field(default_factory=dict)
     packs: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _arms() -> list[Arm]:
@@ -36,8 +44,9 @@ def _arms() -> list[Arm]:
             {**plain, "neat_packing": True, "cutoff_len": tokens}, packs)
         for tokens, packs in PACKS.items()
     ]  # fmt: skip
+    best = packed[len(PACKS)]
     return [
-        Arm(OURS, OURS),
+        Arm(OURS, OURS, environment=AS_RUN),
         # Eight rows a device are both peers' default; two such batches make the step.
         Arm("trl default", "trl", {"per_device_train_batch_size": 8}),
         Arm("trl padded", "trl", {**bare, "per_device_train_batch_size": BATCH_ROWS}),
@@ -46,6 +55,7 @@ def _arms() -> list[Arm]:
         Arm("llamafactory default", "llamafactory", {"per_device_train_batch_size": 8}),
         Arm("llamafactory padded", "llamafactory", {**plain, "per_device_train_batch_size": BATCH_ROWS}),
         *packed,
+        replace(best, name=f"{best.name}, malloc as ours", environment=AS_RUN),
     ]  # fmt: skip
 
 

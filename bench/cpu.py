@@ -7,7 +7,7 @@ bf16 is measured unasked only where the processor computes it: emulated, a step 
 measured now beside what `--out` holds, each group with its own command and size.
 
 Every arm is a process of its own in an environment of its own (made below BENCH_VENVS, else .bench), at its documented
-default and at our best tuning of it. A step is 16 rows everywhere. Arms take turns, ours between any two others;
+default and at our best tuning of it; ours with malloc as `graftlm` sets it for itself, and so the best peer once more. A step is 16 rows everywhere. Arms take turns, ours between any two others;
 figures are medians over the steps after warm-up. An arm counts when its first loss is ours within 0.5 %, it saw the
 same labels, and a changed row moves no other; one that fails is shown as failing. Row-tokens are real tokens of the
 rows: padding is none, and what rows share is counted in every row. Memory is the most the process ever held (VmHWM),
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, BATCH_ROWS, OURS, QUICK, Arm, in_turns
+from arms import ARMS, AS_RUN, BATCH_ROWS, OURS, QUICK, Arm, in_turns
 from judging import figures, headline, judge, table
 from venvs import PEERS, python_of
 from workload import ROOT, SIZES, Workload, job_of, make_workload
@@ -38,7 +38,7 @@ SECONDS_PER_ARM = 3600
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The same for every arm."""
+    """The same for every arm, but for what one says of its own."""
     count = str(threads)
     return {
         **os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TOKENIZERS_PARALLELISM": "false",
@@ -46,14 +46,16 @@ def environment(threads: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_script(python: Path, script: Path, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One run in a process of its own; one that ends in an error is a record of it."""
+def run_script(
+    python: Path, script: Path, job: dict[str, Any], folder: Path, also: dict[str, str] = AS_RUN
+) -> dict[str, Any]:
+    """One run in a process of its own, `also` in its environment; one that ends in an error is a record of it."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         out, asked = Path(scratch) / "result.json", Path(scratch) / "job.json"
         asked.write_text(json.dumps({**job, "work": scratch, "out": str(out)}))
         try:
             ended = subprocess.run(
-                [str(python), str(script), str(asked)], env=environment(job["threads"]), cwd=scratch,
+                [str(python), str(script), str(asked)], env=environment(job["threads"]) | also, cwd=scratch,
                 capture_output=True, text=True, timeout=SECONDS_PER_ARM,
             )  # fmt: skip
             error = (ended.stderr.strip().splitlines() or ["it told nothing"])[-1]
@@ -74,7 +76,7 @@ def measure_group(
         job = job_of(workload, arm, trains, precision, num_steps, threads)
         is_first = arm.name not in {run["arm"] for run in group}
         script = PEERS / f"{'ours' if arm.peer == OURS else arm.peer}_arm.py"
-        record = run_script(pythons[arm.peer], script, {**job, "check": is_first}, folder)
+        record = run_script(pythons[arm.peer], script, {**job, "check": is_first}, folder, arm.environment)
         if "error" not in record:
             record["figures"] = figures(record, workload.num_tokens, BATCH_ROWS, warm_up)
             told = f"{record['figures']['row_tokens_per_second']:.1f} tok/s, loss {record['losses'][0]:.4f}"

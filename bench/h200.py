@@ -177,7 +177,7 @@ def _run(
     }  # fmt: skip
     if arm.peer == OURS:
         return run_script(Path(sys.executable), Path(__file__), job, folder)
-    record = run_script(asked.trl, PEERS / "trl_arm.py", job, folder)
+    record = run_script(asked.trl, PEERS / "trl_arm.py", job, folder, {})
     steps = rows.lengths.reshape(-1, STEP_ROWS[asked.size])[: job["num_steps"]]
     return record if "error" in record else record | {"tokens_of_steps": steps.sum(axis=1).tolist()}
 

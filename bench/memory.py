@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import AS_RUN
 
-from graftlm.cli import app
 from graftlm.device import machine_name, peak_memory_bytes
 from graftlm.health.activations import counts_of
 from graftlm.health.memory import StageSize, moments, peak
@@ -45,8 +45,6 @@ from graftlm.training.stage import StageRun
 
 NUM_OLD, NUM_SHARED = 32_000, 29
 ALIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-AS_RUN = {"MALLOC_MMAP_THRESHOLD_": str(app.GIVEN_BACK), "MALLOC_TRIM_THRESHOLD_": str(app.GIVEN_BACK)}
-AS_RUN["THP_MEM_ALLOC_ENABLE"] = "1"
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 64, "alpha": 32},

@@ -25,7 +25,7 @@ from graftlm.cli import data, evaluate, health, machine, plan, release, road, se
 from graftlm.errors import Interrupted, UserError
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
-GIVEN_BACK = 2 * 2**20
+GIVEN_BACK = 4 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 

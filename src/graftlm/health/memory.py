@@ -253,9 +253,10 @@ def _head_bytes(size: StageSize) -> int:
 def _chunk_bytes(size: StageSize) -> int:
     """A chunk of logits, which become their gradient; where they are of 16 bits, a block of them in float32."""
     device, labels = "cpu" if size.compute.is_cpu else "cuda", max(size.batch.num_labels, 1)
-    chunk, block = (min(labels, most(size.shape.num_rows, device)) for most in (chunk_rows, block_rows))
-    wide = WIDE if size.compute.is_mixed else 0
-    return size.shape.num_rows * (chunk * size.compute.num_bytes + block * wide)
+    num_rows, num_bytes = size.shape.num_rows, size.compute.num_bytes
+    chunk = min(labels, chunk_rows(num_rows, num_bytes, device))
+    block = min(labels, block_rows(num_rows, device)) if size.compute.is_mixed else 0
+    return num_rows * (chunk * num_bytes + block * WIDE)
 
 
 def _backward_workspace(size: StageSize, number: int) -> int:

@@ -17,16 +17,16 @@ import torch
 
 from graftlm.model.rows import joined
 
-# By device, as float32. Larger chunks make better products and hold more memory; soft-max and sums go through a chunk
+# By device. Larger chunks make better products and hold more memory; soft-max and sums, in float32, go through a chunk
 # in blocks that stay in a processor's cache (measured: docs/log.md). A GPU has no use for blocks, and its products want
 # a thousand positions: an estimate, not measured.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 128 * 2**20}
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
-def chunk_rows(num_vocab_rows: int, device_type: str) -> int:
-    """Labelled positions per chunk, so that a chunk of float32 logits stays near `CHUNK_BYTES`."""
-    return max(16, CHUNK_BYTES[device_type] // (4 * num_vocab_rows))
+def chunk_rows(num_vocab_rows: int, logit_bytes: int, device_type: str) -> int:
+    """Labelled positions per chunk, so that a chunk of logits of so many bytes each stays near `CHUNK_BYTES`."""
+    return max(16, CHUNK_BYTES[device_type] // (logit_bytes * num_vocab_rows))
 
 
 def block_rows(num_columns: int, device_type: str) -> int:
@@ -61,7 +61,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
-        size = _even_size(len(hidden), chunk_rows(len(weight), hidden.device.type))
+        size = _even_size(len(hidden), chunk_rows(len(weight), hidden.itemsize, hidden.device.type))
         written_over = hidden.new_empty(size, len(weight))
         for start in range(0, len(hidden), size or 1):
             hidden_CH, targets_C = hidden[start : start + size], targets_N[start : start + size]
@@ -170,7 +170,7 @@ def target_losses(
     """Cross-entropy (nats) of each labelled position, (N,) float32 or wider; for held-out readings."""
     wide = torch.promote_types(compute_dtype, torch.float32)
     hidden, weight = hidden_NH.to(compute_dtype), weight_VH.to(compute_dtype)
-    size = chunk_rows(len(weight), hidden.device.type)
+    size = chunk_rows(len(weight), wide.itemsize, hidden.device.type)
     losses = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), size):
