@@ -179,16 +179,18 @@ class _Ledger:
 
     def inputs(self, positions: int, width: int, *names: str) -> None:
         """What went into linear maps with one input: one tensor in float32; under autocast one copy that they share, or
-        one for each where any has an adapter (`model/rounded.py`).
+        one for each where any is under DoRA (`model/rounded.py`).
 
-        LoRA's dropout makes one for each in any case, and a mask: a float32 an entry on a CPU, a byte on a GPU.
+        LoRA's dropout makes one for each in any case, and a mask: a byte an entry (`model/adapted.py`), under DoRA on
+        a CPU a float32.
         """
         needing = sum(map(self.learns.needs_input, names))
-        if not any(self._is_adapted(name) for name in names):
+        is_dora = self.learns.is_dora and any(self._is_adapted(name) for name in names)
+        if not self._is_dropping and not (is_dora and self.compute.is_mixed):
             needing = min(needing, 1)
-        self.add(positions * width * self.compute.num_bytes * (needing if self._are_copied else min(needing, 1)))
+        self.add(positions * width * self.compute.num_bytes * needing)
         if self._is_dropping:
-            self.add(positions * width * needing * (WIDE if self.compute.is_cpu else 1))
+            self.add(positions * width * needing * (WIDE if is_dora and self.compute.is_cpu else 1))
 
     def adapter(self, positions: int, name: str) -> None:
         """The low-rank numbers between A and B."""

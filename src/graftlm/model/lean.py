@@ -1,10 +1,11 @@
-"""Norms, attention layers and gated MLPs that keep fewer tensors for the way back, and compute the same.
+"""Norms, attention, gated MLPs and adapted layers that keep fewer tensors for the way back, and compute the same.
 
 Owns the modules that stand in for them while a stage trains, under the same names and with the same weights, so that
 hooks, adapters and saved weights see no difference. Autograd keeps of RMSNorm the normed input besides the input
 itself, of SwiGLU the gate's SiLU, of attention queries and keys as they were rotated, and under autocast a 16-bit copy
 of a layer's input for each product with it: all can be made again from what is kept anyway, at the price of a few
-products by element. The forward pass is the same to the bit. Does not know stages.
+products by element. The forward pass is the same to the bit, but for adapters whose scaling is no power of two. Does
+not know stages.
 
 Shapes: H hidden size, any number of positions before it.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from graftlm.model.adapted import AdaptedLinear, has_plain_adapter
 from graftlm.model.attention import MAPS, PackedAttention
 from graftlm.model.pointwise import AS_WRITTEN, Pointwise
 from graftlm.model.rounded import rounded_once
@@ -51,8 +53,10 @@ def make_lean(body: nn.Module, pointwise: Pointwise = AS_WRITTEN) -> LeanModules
     return LeanModules(tuple((parent, name, module) for parent, name, module, _ in found))
 
 
-def _stand_in(module: Any) -> type[_LeanNorm | _LeanMLP | PackedAttention] | None:
-    """For RMSNorm, an MLP gated by SiLU, and attention without dropout."""
+def _stand_in(module: Any) -> type[_LeanNorm | _LeanMLP | PackedAttention | AdaptedLinear] | None:
+    """For RMSNorm, an MLP gated by SiLU, attention without dropout, and a linear layer with a plain adapter."""
+    if has_plain_adapter(module):
+        return AdaptedLinear
     if hasattr(module, "variance_epsilon"):
         return _LeanNorm
     if isinstance(getattr(module, "act_fn", None), _SILUS):

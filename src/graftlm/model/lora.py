@@ -3,7 +3,8 @@
 Owns the adapter's form on disk: PEFT's own, plus `base.json` with the fingerprint of the base it belongs to.
 Does not train. Embedding and head are trained in place, not through PEFT's `modules_to_save`: that would keep
 a frozen copy of each beside it, in a dtype of its own. Only the saved form uses it, so that plain PEFT gives
-the same logits. On the road it stands inside a LoRA stage and in the adapter export.
+the same logits. PEFT takes more than a second and 55 MB to import: what needs it asks for it when it is called. On the
+road it stands inside a LoRA stage and in the adapter export.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -26,6 +26,9 @@ from graftlm.errors import NumericalStop, UserError
 from graftlm.model.causal import is_tied, model_fingerprint, plain_model, vocabulary_modules
 from graftlm.model.weights import read_header, verify_manifest, write_folder
 from graftlm.run import read_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
@@ -57,6 +60,8 @@ def attach_lora(
             f"LoRA cannot be put on {', '.join(unknown) or 'nothing'}: no linear layer inside the model is called so.",
             f"Choose targets among {', '.join(sorted(linears))}; embedding and head are trained by `rows`.",
         )
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT scales by any number
@@ -80,10 +85,10 @@ def merge_lora(model: nn.Module) -> PreTrainedModel:
 
     Raises NumericalStop when one is not finite.
     """
-    if not isinstance(model, PeftModel):
+    if not hasattr(model, "peft_config"):
         return plain_model(model)
     tied = is_tied(model)
-    merged = _merged(model)
+    merged = _merged(cast("PeftModel", model))
     # PEFT unties in the config what it finds as two tensors: a split matrix, or the two equal copies it loads.
     merged.config.tie_word_embeddings = tied
     if tied and not parametrize.is_parametrized(merged.get_input_embeddings(), "weight"):
@@ -114,6 +119,8 @@ def merged_matrix(
 
     `tensors` holds the adapter's own by PEFT's names (`lora_A`, `lora_B`, ...). Raises NumericalStop.
     """
+    from peft import LoraConfig, get_peft_model
+
     holder = nn.Module()
     holder.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -141,6 +148,8 @@ def save_adapter(
     Embedding and head go with it when their rows were trained. `base` is the model the adapter belongs to;
     `base_fingerprint` is taken from its files when not given. Raises DiskError.
     """
+    from peft import get_peft_model_state_dict
+
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     vocabulary = dict(zip(("model.embed_tokens", "lm_head"), vocabulary_modules(model), strict=True))
     trained = {name: m for name, m in vocabulary.items() if any(p.requires_grad for p in m.parameters())}
@@ -174,6 +183,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: s
     given. Raises UserError on another base, missing, pickled, truncated or changed files, and tensors that do
     not fit.
     """
+    from peft import PeftModel, get_peft_model_state_dict
+
     folder = Path(folder)
     for name in ("adapter_config.json", ADAPTER_FILE, BASE_FILE):
         if not (folder / name).is_file():

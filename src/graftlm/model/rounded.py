@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlm.model.adapted import AdaptedLinear
+
 
 def rounded_once(x: Tensor, readers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """x for each reader: one rounded copy under autocast. Adapters want x as it is, and then it is x itself."""
+    """x for each reader: one rounded copy under autocast. Layers of PEFT's own want x as it is, and then it is x."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and all(isinstance(reader, nn.Linear) for reader in readers):
+    if torch.is_autocast_enabled(kind) and all(isinstance(reader, (nn.Linear, AdaptedLinear)) for reader in readers):
         return _RoundedOnce.apply(x, torch.get_autocast_dtype(kind), len(readers))
     return (x,) * len(readers)
 
