@@ -189,3 +189,17 @@ def test_what_cannot_be_planned_is_told_in_two_lines(run: Run, arguments: list[s
     assert first in err
     assert second in err
     assert len(err.strip().splitlines()) == 2
+
+
+def test_fp8_on_an_a100_is_a_told_problem_and_on_an_h200_none(run: Run) -> None:
+    asked = ("stages.full.fp8=true", "stages.full.precision=bf16")
+    code, out, err = run(CARD, "--on", "a100-80", *asked)
+    assert (code, err) == (0, "")
+    assert "fatal: full asks for FP8, which NVIDIA A100 80 GB (compute capability 8.0) does not compute" in out
+    code, out, err = run(CARD, "--on", "h200", *asked)
+    assert (code, err) == (0, "")
+    assert "fatal" not in out
+    assert "fp8's gain is not counted: not measured." in " ".join(out.split())
+    code, out, err = run(CARD, "--on", "h200", "stages.full.fp8=true", "stages.full.precision=fp16")
+    assert (code, out) == (2, "")
+    assert "fp8: it needs precision bf16, and here that is fp16: take bf16, or fp8 false" in err

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftlm.cli.release import how_to_load
 from graftlm.errors import UserError
 from graftlm.pipeline import due_steps, export_run, preflight_recipe, run_recipe
-from graftlm.recipe import Recipe
+from graftlm.recipe import HOW_NOT_WHAT, Recipe
 from graftlm.recipe_file import load_recipe
 from graftlm.release.card import card_text
 from graftlm.run import read_json, read_metrics
@@ -404,3 +404,39 @@ def test_preflight_looks_at_every_stage_and_trains_none(finished: Path, tmp_path
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
     found = preflight_recipe(changed(finished, "stages.lora.trains.alpha=4000"), run).findings
     assert [(f["stage"], f["cause"], f["severity"]) for f in found] == [("lora", "adapter-push-high", "warning")]
+
+
+def test_fp8_without_such_a_gpu_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Of every stage, that of a base from nothing too; nothing is made."""
+    recipe = write_tiny_recipe(tmp_path)
+    for place in ("base.scratch.training", "stages.lora"):
+        asked = load_recipe(recipe, [f"{place}.fp8=true", f"{place}.precision=auto"])
+        with pytest.raises(UserError, match=rf"^{place}.fp8 is true, which needs a GPU .* this is a CPU") as told:
+            run_recipe(asked, tmp_path / "run")
+        assert f"{place}.fp8=false" in told.value.fix
+        assert not list((tmp_path / "run").glob("[0-9]-*"))
+    for place in ("base.scratch.training", "stages.lora"):
+        asked = [f"{place}.fp8=true", f"{place}.precision=bf16"]
+        for shard in ("full", "hybrid", "zero2", "zero3"):
+            with pytest.raises(UserError, match=rf"FP8 is built for ranks that hold all, not for ranks.shard {shard}"):
+                load_recipe(recipe, [*asked, f"ranks.shard={shard}"])
+
+
+def test_a_stage_that_is_done_asks_for_no_fp8_any_more(finished: Path, run: Path, monkeypatch) -> None:
+    """Its run may be finished where there is no such GPU."""
+    asked: list[str] = []
+    monkeypatch.setattr("graftlm.pipeline.refuse_fp8_where_it_cannot_be", lambda _, place, device: asked.append(place))
+    recipe = load_recipe(finished / "tiny.yaml")
+    run_recipe(recipe, run)
+    assert asked == []
+    (run / "5-lora" / "done.json").unlink()
+    run_recipe(recipe, run)
+    assert asked == ["stages.lora"]
+
+
+def test_a_stage_in_fp8_is_another_stage(finished: Path, run: Path) -> None:
+    assert due_steps(load_recipe(finished / "tiny.yaml", ["stages.lora.compile=true"]), run) == []
+    asked = load_recipe(finished / "tiny.yaml", ["stages.lora.fp8=true", "stages.lora.precision=auto"])
+    also_precision = load_recipe(finished / "tiny.yaml", ["stages.lora.precision=auto"])
+    assert due_steps(asked, run) == due_steps(also_precision, run) == STEPS[5:]
+    assert "fp8" in asked.stages[1].model_dump(exclude=set(HOW_NOT_WHAT))

@@ -31,6 +31,7 @@ from graftlm.step import STARTED, Order, Step, fingerprint, make_order
 from graftlm.talk.generate import model_of_run
 from graftlm.text.first_look import look_at_dialogues, look_at_lines, look_at_texts
 from graftlm.text.rows import FORMAT_VERSION
+from graftlm.training.precision import refuse_fp8_where_it_cannot_be
 from graftlm.training.ranks import ALONE, Ranks
 
 EARLIER = "earlier"
@@ -130,6 +131,7 @@ def _begun(
         orders = walk.orders()
         walk.refuse_lost_training(orders)
         walk.look_at_inputs(orders)
+        walk.refuse_impossible_stages(orders)
         if any(stage.compile for stage in recipe.stages):
             compiled(walk.road.device.type)  # what cannot be compiled here is told now, not after hours of data
         run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
@@ -144,7 +146,8 @@ def due_steps(recipe: Recipe, folder: Path) -> list[str]:
     walk = _Walk(recipe, folder)
     orders = walk.orders()
     walk.refuse_lost_training(orders)
-    return [stop.name for stop in walk.stops if not Step(folder / stop.name).is_done(orders[stop.name].key)]
+    due = walk.due(orders)
+    return [stop.name for stop in walk.stops if stop.name in due]
 
 
 def export_run(folder: Path, to: str, out: Path | None, quantization: str | None = None) -> Manifest:
@@ -239,14 +242,29 @@ class _Walk:
 
     def look_at_inputs(self, orders: dict[str, Order]) -> None:
         """Refuse, before the first step, what a due step would and first rows already show. Raises UserError."""
-        due = {stop.name for stop in self.stops if not Step(self.folder / stop.name).is_done(orders[stop.name].key)}
-        found = _first_look(self.road.recipe, due, self.road.report_folder.name)
+        found = _first_look(self.road.recipe, self.due(orders), self.road.report_folder.name)
         if found:
             count = f"{len(found)} of the inputs are" if len(found) > 1 else "An input is"
             raise UserError(
                 "\n".join([f"{count} of no use as it is:", *(f"  {line}" for line in found)]),
                 "Mend that and run the same command again; graftlm data FILE --show 5 tells what a file holds.",
             )
+
+    def refuse_impossible_stages(self, orders: dict[str, Order]) -> None:
+        """Refuse, before the first step, a due stage that this machine cannot compute. Raises UserError.
+
+        One that is done asks for nothing any more: its run may be finished on another machine.
+        """
+        recipe, due, device = self.road.recipe, self.due(orders), self.road.device
+        if recipe.base.scratch and "0-scratch" in due:
+            refuse_fp8_where_it_cannot_be(recipe.base.scratch.training, "base.scratch.training", device)
+        for number, stage in enumerate(recipe.stages):
+            if self.road.stage_folder(number).name in due:
+                refuse_fp8_where_it_cannot_be(stage, f"stages.{stage.name}", device)
+
+    def due(self, orders: dict[str, Order]) -> set[str]:
+        """Names of the steps that are not done as ordered. Raises UserError for a damaged one."""
+        return {stop.name for stop in self.stops if not Step(self.folder / stop.name).is_done(orders[stop.name].key)}
 
     def _left_over(self) -> list[Step]:
         """Folders of steps the recipe had once: after a stage came or went, later folders are numbered anew."""

@@ -138,6 +138,7 @@ class Stage(Section):
     loss_scale: LossScale = LossScale()
     gradient_checkpointing: StrictBool = False
     compile: StrictBool = False
+    fp8: StrictBool = False
     frozen_base: Literal["exact", "int8", "nf4"] = "exact"
     heldout_every: Count | None = None
     early_stop_after: Count | None = None
@@ -149,7 +150,7 @@ class Stage(Section):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
-        """One warm-up; early stopping needs readings; a base that learns is exact."""
+        """One warm-up; early stopping needs readings; a base that learns is exact; FP8 stands beside bf16 alone."""
         if given["warmup_steps"] is not None and given["warmup_ratio"]:
             yield ("warmup_steps",), "warmup_ratio is given too: choose one"
         if given["early_stop_after"] is not None and given["heldout_every"] is None:
@@ -158,6 +159,10 @@ class Stage(Section):
         if given["frozen_base"] != "exact" and (trains.get("kind") == "full" or trains.get("dora")):
             why = "all of it learns" if trains.get("kind") == "full" else "DoRA takes norms of exact matrices"
             yield ("frozen_base",), f"{given['frozen_base']} is for a base that stays as it is, and here {why}"
+        if given["fp8"] is True and given["precision"] in ("fp32", "fp16"):
+            yield ("fp8",), f"it needs precision bf16, and here that is {given['precision']}: take bf16, or fp8 false"
+        if given["fp8"] is True and given["frozen_base"] in ("int8", "nf4"):
+            yield ("fp8",), f"frozen_base is {given['frozen_base']}: choose one of both, each rounds the same matrices"
 
 
 class Scratch(Section):
@@ -339,6 +344,7 @@ class Recipe(Section):
         stages = given.get("stages")
         stages = [values_of(stage) for stage in stages] if isinstance(stages, list | tuple) else []
         names = [stage.get("name") for stage in stages]
+        shard = values_of(given.get("ranks")).get("shard", "none")
         for number, stage in enumerate(stages):
             where, name = ("stages", number), stage.get("name")
             if name is not None and name in names[:number]:
@@ -346,7 +352,7 @@ class Recipe(Section):
             if isinstance(name, str) and name in STEP_NAMES:
                 yield (*where, "name"), f"{name} is the name of a step of every run: give the stage another"
             frozen = stage.get("frozen_base", "exact")
-            if frozen != "exact" and values_of(given.get("ranks")).get("shard", "none") not in ("none", "zero2"):
+            if frozen != "exact" and shard not in ("none", "zero2"):
                 yield (
                     (*where, "frozen_base"),
                     f"{frozen} cannot be shared out over ranks: take exact, or ranks.shard none or zero2",
@@ -356,3 +362,9 @@ class Recipe(Section):
             trains = values_of(stage.get("trains")).get("kind")
             if trains == "new-rows" and values_of(given.get("tokenizer")).get("mode") == "keep":
                 yield (*where, "trains"), "a new-rows stage needs new pieces, and tokenizer.mode keep adds none"
+        scratch = values_of(values_of(values_of(given.get("base")).get("scratch")).get("training"))
+        places: list[tuple[Place, Mapping[str, Any]]] = [(("base", "scratch", "training"), scratch)]
+        places += [(("stages", number), stage) for number, stage in enumerate(stages)]
+        for where, stage in places if shard != "none" else ():
+            if stage.get("fp8") is True:
+                yield (*where, "fp8"), f"FP8 is built for ranks that hold all, not for ranks.shard {shard}: take none"

@@ -214,6 +214,25 @@ def test_a_budget_larger_than_memory_and_a_row_longer_than_the_budget_are_told_w
     assert "may have 1024 tokens, a micro-batch holds 512" in told.evidence
 
 
+def test_fp8_is_told_where_it_cannot_be_and_not_counted_where_it_can() -> None:
+    cpu = cpu_device("a CPU", 64 * GIB, 2, "bf16")
+    lacking = {name: DEVICES[name] for name in ("a100-80", "v100-32", "t4", "3090")} | {"cpu": cpu}
+    for device in lacking.values():
+        found = plan_stage(replace(wish_for("TinyLlama-1.1B", "lora"), fp8=True), device)
+        told = {finding.cause: finding for finding in hazards_of([found], device, 1)}
+        assert told["no-fp8"].severity == "fatal"
+        assert told["no-fp8"].cure.startswith("stages.lora.fp8=false, or a GPU of compute capability 8.9 or more")
+        assert "stages.lora.fp8=false" in found.changes
+    for name in ("h200", "h100", "l4", "4090"):
+        plain, found = (
+            plan_stage(replace(wish_for("TinyLlama-1.1B", "lora"), fp8=fp8), DEVICES[name]) for fp8 in (False, True)
+        )
+        told = {finding.cause: finding for finding in hazards_of([found], DEVICES[name], 1)}
+        assert "no-fp8" not in told
+        assert told["fp8-not-counted"].evidence.endswith("fp8's gain is not counted: not measured.")
+        assert (found.changes, found.hours, found.peak_bytes) == (plain.changes, plain.hours, plain.peak_bytes)
+
+
 def test_a_precision_the_device_lacks_is_told_with_the_one_to_take() -> None:
     cpu = cpu_device("a CPU", 64 * GIB, 2, "fp32")
     for device, asked, better in ((DEVICES["t4"], "bf16", "fp16"), (cpu, "fp16", "fp32")):

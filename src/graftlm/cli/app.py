@@ -93,6 +93,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     # Told by bitsandbytes wherever peft imports it: a product in 4 bits that nothing here computes with.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_of_a_missing_kernel)
+    # And by torchao wherever transformers does: kernels of other devices, and what torch means to rename.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").addFilter(_is_not_of_an_old_name)
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -114,6 +117,10 @@ def main() -> None:
 
 def _is_not_of_a_missing_kernel(record: logging.LogRecord) -> bool:
     return "gemm_4bit_forward" not in str(record.msg)
+
+
+def _is_not_of_an_old_name(record: logging.LogRecord) -> bool:
+    return "register_constant() on Enum" not in str(record.msg)
 
 
 def _give_freed_memory_back() -> None:

@@ -21,6 +21,8 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 CPU_GFLOPS = {"fp32": 35.0, "bf16": 150.0}
 """A core's speed in whole training steps: fp32 measured on an AMD EPYC (bench/results, cpu-recorder); bf16 assumed for
 cores that compute it in hardware, from a prototype's steps."""
+FP8_CAPABILITY = (8, 9)
+"""The compute capability from which on CUDA devices multiply in FP8: Ada, Hopper and later."""
 EMULATED_GFLOPS = 3.5  # a core without 16-bit products: a tenth of fp32, measured (docs/log.md)
 CPU_BANDWIDTH = 10e9  # bytes a second of Adam's update, from a fused step of 57 million parameters in 0.17 s
 
@@ -49,6 +51,11 @@ class Device:
     def has_bf16(self) -> bool:
         """Whether bf16 is computed in hardware."""
         return self.flops["bf16"] > 0
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether FP8 is computed in hardware."""
+        return self.capability is not None and self.capability >= FP8_CAPABILITY
 
     @property
     def fastest(self) -> str:

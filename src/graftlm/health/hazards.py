@@ -32,6 +32,7 @@ def hazards_of(plans: list[StagePlan], device: Device, num_devices: int) -> list
         found += [
             *_memory(plan, device),
             *_precision(plan, device),
+            *_fp8(plan, device),
             *_recomputing(plan),
             *_dropout(plan),
             *_unsure(plan),
@@ -175,6 +176,23 @@ def _precision(plan: StagePlan, device: Device) -> Iterator[Finding]:
             "no-bf16", "note", f"{wish.place}.precision", None,
             f"{device.title} has no bf16 in hardware: auto takes fp16, with a loss scale.",
             "Nothing to do; graftlm preflight tells the headroom first.",
+        )  # fmt: skip
+
+
+def _fp8(plan: StagePlan, device: Device) -> Iterator[Finding]:
+    wish = plan.wish
+    if wish.fp8 and not plan.has_fp8:
+        found = "" if device.capability is None else f" (compute capability {'.'.join(map(str, device.capability))})"
+        yield Finding(
+            "no-fp8", "fatal", f"{wish.place}.fp8", None,
+            f"{wish.name} asks for FP8, which {device.title}{found} does not compute: it is refused there.",
+            f"{wish.place}.fp8=false, or a GPU of compute capability 8.9 or more: h200, h100, l4, 4090.",
+        )  # fmt: skip
+    elif wish.fp8:
+        yield Finding(
+            "fp8-not-counted", "note", f"{wish.place}.fp8", None,
+            f"{wish.name}: linear layers in FP8, which is lossy. fp8's gain is not counted: not measured.",
+            f"{wish.place}.fp8=false computes in bf16.",
         )  # fmt: skip
 
 

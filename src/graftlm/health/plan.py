@@ -44,6 +44,7 @@ class StageWish:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     keeps_best: bool
+    fp8: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -76,7 +77,8 @@ class StagePlan:
     """One stage on one device. `fits`: as the recipe has it. `peak`, `items` (bytes) and `moment` are the recipe's own;
     `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `hours`: were one
     such device to compute it all. Where `share` is not whole, memory is that of one of several devices over which the
-    stage is shared out; `sharded`, where it is whole on each of several, tells what sharing it out would take."""
+    stage is shared out; `sharded`, where it is whole on each of several, tells what sharing it out would take.
+    `has_fp8`: whether the device computes FP8."""
 
     wish: StageWish
     precision: str
@@ -90,6 +92,7 @@ class StagePlan:
     size: StageSize
     sharded: Sharded | None
     share: Share = WHOLE
+    has_fp8: bool = True
 
     @property
     def holds_step(self) -> bool:
@@ -107,6 +110,8 @@ class StagePlan:
         lines = []
         if wish.precision not in ("auto", self.precision):
             lines.append(f"{at}.precision={self.precision}")
+        if wish.fp8 and not self.has_fp8:
+            lines.append(f"{at}.fp8=false")
         if not self.fits or (is_other_way and self.micro_batch_tokens < wish.micro_batch_tokens):
             lines.append(f"{at}.micro_batch_tokens={self.micro_batch_tokens}")
         if is_other_way:
@@ -156,6 +161,7 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, share: Sha
         size=size,
         sharded=_sharded(wish, device, num_devices, precision) if is_parallel else None,
         share=share,
+        has_fp8=device.has_fp8,
     )
 
 

@@ -23,12 +23,12 @@ FrozenBase = Literal["exact", "int8", "nf4"]
 
 @dataclass(frozen=True, slots=True)
 class HeldLayers:
-    """What stands for what: (parent, name, the layer itself) of each frozen layer that was replaced."""
+    """What stands for what: (parent, name, the layer itself) of each layer that was replaced, the last one first."""
 
     replaced: tuple[tuple[nn.Module, str, nn.Linear], ...]
 
     def restore(self) -> None:
-        """Put the layers themselves back, with their float32 weights, where they lay: on the CPU."""
+        """Put the layers themselves back, frozen ones with their float32 weights where they lay: on the CPU."""
         for parent, name, layer in self.replaced:
             setattr(parent, name, layer)
 

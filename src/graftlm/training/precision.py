@@ -9,6 +9,8 @@ import torch
 
 from graftlm.device import DTYPES, LossScaler, Precision, fastest_precision
 from graftlm.errors import UserError
+from graftlm.health.devices import FP8_CAPABILITY
+from graftlm.model.fp8 import require_torchao
 from graftlm.recipe import Stage
 
 
@@ -32,3 +34,23 @@ def make_precision(
     if name == "fp16":
         scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
     return Precision(DTYPES[name], device, scaler, keeps_copies=keeps_copies)
+
+
+def refuse_fp8_where_it_cannot_be(stage: Stage, place: str, device: torch.device) -> None:
+    """Raises UserError where a stage, found at `place` in the recipe, asks for FP8 and this machine cannot do it.
+
+    What the recipe alone shows to be wrong is told by the recipe.
+    """
+    if not stage.fp8:
+        return
+    found = "this is a CPU"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        found = "" if capability >= FP8_CAPABILITY else found
+    if found:
+        raise UserError(
+            f"{place}.fp8 is true, which needs a GPU of compute capability 8.9 or more (Ada, Hopper, later); {found}.",
+            f"Set {place}.fp8=false, or run it on such a GPU: graftlm plan RECIPE --on h100.",
+        )
+    require_torchao()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.model.causal import body_of, recompute_activations
+from graftlm.model.fp8 import hold_in_fp8
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
 from graftlm.model.lean import LeanModules, make_lean
 from graftlm.model.packed import attend_packed, attend_plain
@@ -61,8 +62,8 @@ def whole_model(model: Any) -> WholeModel:
 class Prepared:
     """A model ready to learn.
 
-    Others stand for `lean`, its norms, attention and MLPs, and for `held`, its frozen layers, in products of
-    `held_for`. `whole` is what rank 0 makes the finished model of where layers are shared out.
+    Others stand for `lean`, its norms, attention and MLPs, and for `held`, its frozen layers, and those in FP8, in
+    products of `held_for`. `whole` is what rank 0 makes the finished model of where layers are shared out.
     """
 
     model: Any
@@ -78,9 +79,14 @@ class Prepared:
         """Hold what does not learn as products in `dtype` want it. Of what learns in common it is held so already."""
         if dtype != self.held_for:
             self.held.restore()
-            self.held = hold_frozen_as(self.model, dtype, self.stage.frozen_base)
+            self.held = _hold(self.model, self.stage, dtype, device)
             self.held_for = dtype
             self.model.to(device)
+
+    def in_words(self) -> str:
+        """How it computes, where that is not as it comes: to follow what is said of a stage."""
+        compiled = ", norms, gates and rotations compiled" if self.stage.compile else ""
+        return compiled + (", linear layers in FP8, lossy" if self.stage.fp8 else "")
 
     def finished(self, learned: Mapping[str, Tensor]) -> Any:
         """The plain model with these weights, in float32 on the CPU; where layers are shared out, rank 0's to ask for.
@@ -118,7 +124,7 @@ def prepared(
     whole = whole_model(model) if is_shared_out and ranks.is_first else None
     lean = make_lean(body_of(model), compiled(device.type) if stage.compile else AS_WRITTEN)
     # DeepSpeed cuts weights of one dtype only.
-    held = HeldLayers(()) if ranks.zero_stage == 3 else hold_frozen_as(model, dtype, stage.frozen_base)
+    held = HeldLayers(()) if ranks.zero_stage == 3 else _hold(model, stage, dtype, device)
     model.to(device)
     lay_rows_together(model)
     attend_packed(body_of(model))
@@ -129,3 +135,13 @@ def prepared(
             shard_layers(model, ranks.mesh)
         held = HeldLayers(())  # what they stood for is kept whole by rank 0, or not needed
     return Prepared(model, stage, first_new_id, lean, held, dtype, whole, is_shared_out)
+
+
+def _hold(model: Any, stage: Stage, dtype: torch.dtype, device: torch.device) -> HeldLayers:
+    """Frozen layers held as products in `dtype` want them, and over them, where the stage says so, products in FP8.
+
+    A CPU emulates those: the road refuses that, but a test of the numbers wants no more.
+    """
+    held = hold_frozen_as(model, dtype, stage.frozen_base)
+    in_fp8 = hold_in_fp8(model, emulate=device.type == "cpu") if stage.fp8 else HeldLayers(())
+    return HeldLayers(in_fp8.replaced + held.replaced)

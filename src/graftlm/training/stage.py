@@ -196,8 +196,8 @@ class StageRun:
         if not self.saver.in_background:
             say(f"{self.stage.name}: a step waits while a checkpoint is written: memory holds no copy of it")
         where = self.precision.device.type + self.ranks.in_words()
-        also = ", norms, gates and rotations compiled" if self.stage.compile else ""
-        say(f"{self.stage.name}: {self.precision.name} on {where}, attention by {self.attention}{also}")
+        how = f"attention by {self.attention}{self.prepared.in_words()}"
+        say(f"{self.stage.name}: {self.precision.name} on {where}, {how}")
         forget_peak_memory(self.precision.device)
         if not self.resume():
             with self.engine.whole_weights():
