@@ -25,7 +25,7 @@ from tests.training.tiny_training import FIRST_NEW_ID, make_rows, spoken_rows, s
 
 CPU = torch.device("cpu")
 BF16 = Precision(torch.bfloat16, CPU)
-LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 8}
+LORA: dict[str, Any] = {"kind": "lora", "rank": 16, "alpha": 8}  # adapters whose sizes divide by 16 too
 NUM_MAPS = 14
 
 
@@ -129,7 +129,7 @@ def test_a_product_and_its_gradients_are_those_of_the_formula(learns: bool, bias
     ids=["full", "lora", "dora", "new-rows"],
 )
 def test_a_model_computes_what_the_formula_says(trains: Full | Lora | NewRows) -> None:
-    """The formula's numbers. Beside bf16 the loss differs: by 1.4e-5 to 5.4e-5 of it, as measured."""
+    """The formula's numbers. Beside bf16 the loss differs: by 1.4e-5 to 4.7e-5 of it, as measured."""
     plain_loss, plain = loss_and_gradients(learning_model(trains))
     found = []
     for is_reference in (False, True):
