@@ -13,6 +13,7 @@ from graftlm.device import Precision
 from graftlm.errors import UserError
 from graftlm.model.causal import body_of, load_causal, new_causal, save_causal
 from graftlm.model.fp8 import Fp8Linear, hold_in_fp8
+from graftlm.model.lean import make_lean
 from graftlm.model.packed import attend_packed
 from graftlm.recipe import Full, Lora, NewRows, Stage
 from graftlm.run import read_metrics
@@ -83,6 +84,7 @@ def learning_model(trains: Full | Lora | NewRows) -> Any:
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             parameter.data.normal_(generator=torch.Generator().manual_seed(5))
+    make_lean(body_of(model))  # as in a stage: what adapters give is added in place
     attend_packed(body_of(model))
     return model
 

@@ -102,7 +102,9 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: Fp8Linear) -> Tensor:
         ctx.layer = layer
-        return layer.product(input)
+        output = layer.product(input)
+        # torchao's is a view of a product no one else holds; autograd would forbid an adapter to add to it in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
