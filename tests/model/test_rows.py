@@ -13,6 +13,7 @@ from graftlm.model.rows import (
     lay_rows_together,
     parameter_groups_by_role,
     split_rows,
+    touch_only_rows_read,
 )
 
 NUM_OLD, NUM_ROWS = 40, 64
@@ -50,6 +51,50 @@ def test_split_changes_no_number(tied):
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert is_tied(model) is tied
     assert (head_weight(model) is model.get_input_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("learning", [("old_rows", "new_rows"), ("new_rows",)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_rows_read_alone_are_touched_to_the_same_gradients(tied, learning, dtype, rtol):
+    """Over several micro-batches, some ids read twice, most never; 16 bits under autocast, as a stage computes them."""
+    models = []
+    for is_on in (False, True):
+        model = small_model(tied).to(torch.promote_types(dtype, torch.float32))
+        split_rows(model, NUM_OLD)
+        roles = parameter_groups_by_role(model)
+        for role in {"old_rows", "new_rows"} - set(learning):
+            for _, parameter in roles[role]:
+                parameter.requires_grad_(False)
+        touch_only_rows_read(model, is_on)
+        for ids in (IDS, torch.tensor([[1, 5, 5, 44, 44, 7]]), torch.tensor([[1, 5, 6, 2]])):
+            with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+                logits = model(ids).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:]).backward()
+        models.append(model)
+    whole, touched = ({name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in models)
+    assert any("embed_tokens" in name for name in whole)
+    for name, expected in whole.items():
+        found = touched[name]
+        assert not found.is_sparse
+        assert (found - expected).norm() <= rtol * expected.norm(), name
+        if "embed_tokens" in name and not tied:
+            assert ((found == 0) == (expected == 0)).all()
+
+
+def test_a_second_micro_batch_adds_to_the_gradient_that_is_there():
+    model = small_model()
+    split_rows(model, NUM_OLD)
+    touch_only_rows_read(model, True)
+    loss_of(model).backward()
+    parts = model.get_input_embeddings().parametrizations.weight
+    first = [parts.original0.grad, parts.original1.grad]
+    once = [grad.clone() for grad in first]
+    loss_of(model).backward()
+    for part, grad, before in zip((parts.original0, parts.original1), first, once, strict=True):
+        assert part.grad is grad
+        assert torch.allclose(grad, 2 * before, rtol=1e-6)
+        assert before.any()
 
 
 @pytest.mark.parametrize("tied", [False, True])

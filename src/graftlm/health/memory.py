@@ -204,7 +204,9 @@ def _pass(size: StageSize) -> Iterator[Moment]:
         workspace = _backward_workspace(size, number) + (layer_gradients if prior else 0)
         yield _moment(size, "backward", gradients, kept[: number + 1], once, workspace=workspace + again)
         made += layer_gradients
-    added = size.matrix_bytes if learns.rows != "none" and (prior or shape.is_tied) else 0
+    # On a CPU rows that were read are added to a split embedding's gradient where it lies (`model/rows.py`).
+    is_added_whole = prior and not (compute.is_cpu and size.num_new_rows)
+    added = size.matrix_bytes if learns.rows != "none" and (is_added_whole or shape.is_tied) else 0
     workspace = added + 2 * batch.num_tokens * shape.hidden_size * WIDE
     yield _moment(size, "gradient of the embedding", size.gradient_bytes, [], 0, workspace=workspace)
 

@@ -45,17 +45,35 @@ def _is_followed(above: Tensor, below: Tensor) -> bool:
 
 
 class _Joined(torch.autograd.Function):
-    """`joined`, with a gradient: each part's is its rows of the whole's."""
+    """`joined`, with a gradient: each part's is its rows of the whole's, or, of a sparse one, what `_add_rows` makes."""
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        ctx.num_rows = [len(part) for part in parts]
+        ctx.parts = parts
         return joined(parts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grads = grad_outputs[0].split(ctx.num_rows)
-        return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        (grad,) = grad_outputs
+        num_rows = [len(part) for part in ctx.parts]
+        if not grad.is_sparse:
+            grads = grad.split(num_rows)
+            return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        starts = [sum(num_rows[:place]) for place in range(len(num_rows))]
+        named = zip(ctx.parts, starts, ctx.needs_input_grad, strict=True)
+        return tuple(_add_rows(part, grad, start) if needed else None for part, start, needed in named)
+
+
+def _add_rows(part: Tensor, grad_VH: Tensor, start: int) -> Tensor | None:
+    """Add a sparse gradient's rows from `start` on to the gradient the part has; where it has none, they are its first.
+
+    Autograd would fill a matrix of zeros for each micro-batch and add it up whole.
+    """
+    rows, values = grad_VH._indices()[0] - start, grad_VH._values()
+    is_own = (rows >= 0) & (rows < len(part))
+    total = torch.zeros_like(part) if part.grad is None else part.grad
+    total.index_add_(0, rows[is_own], values[is_own].to(total.dtype))
+    return total if part.grad is None else None
 
 
 class _OldAndNewRows(nn.Module):
@@ -101,6 +119,16 @@ def lay_rows_together(model: nn.Module) -> None:
             whole = joined(parts)
             for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                 part.data = rows
+
+
+def touch_only_rows_read(model: nn.Module, is_on: bool) -> None:
+    """Let the way back touch those rows of a split embedding's gradient alone that a micro-batch has read (`is_on`).
+
+    Not on a GPU, where rows would be added in an order that is not the same each time, nor where something waits for a
+    whole gradient of every micro-batch.
+    """
+    embedding = vocabulary_modules(model)[0]
+    embedding.sparse = is_on and parametrize.is_parametrized(embedding, "weight")
 
 
 def head_rows(model: nn.Module) -> tuple[Tensor, ...]:

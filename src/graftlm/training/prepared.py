@@ -22,7 +22,7 @@ from graftlm.model.frozen import HeldLayers, hold_frozen_as
 from graftlm.model.lean import LeanModules, make_lean
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.model.pointwise import AS_WRITTEN, compiled
-from graftlm.model.rows import lay_rows_together
+from graftlm.model.rows import lay_rows_together, touch_only_rows_read
 from graftlm.model.sharded import shard_layers
 from graftlm.recipe import Stage
 from graftlm.training.ranks import Ranks
@@ -110,6 +110,7 @@ class Prepared:
         return self._plain(self.model)
 
     def _plain(self, model: Any) -> Any:
+        touch_only_rows_read(model, False)
         model = restore_model(model, self.stage.trains, self.first_new_id)
         attend_plain(model)
         return model
@@ -127,6 +128,7 @@ def prepared(
     held = HeldLayers(()) if ranks.zero_stage == 3 else _hold(model, stage, dtype, device)
     model.to(device)
     lay_rows_together(model)
+    touch_only_rows_read(model, device.type == "cpu" and not ranks.pass_together)
     attend_packed(body_of(model))
     if stage.gradient_checkpointing:
         recompute_activations(model, True)
