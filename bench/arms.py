@@ -11,13 +11,9 @@ from typing import Any
 
 from judging import OURS
 
-from graftlm.cli.app import GIVEN_BACK
+from graftlm.malloc import AS_SET
 
 BATCH_ROWS = 16
-AS_RUN = {
-    "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK), "MALLOC_TRIM_THRESHOLD_": str(GIVEN_BACK), "THP_MEM_ALLOC_ENABLE": "1"
-}  # fmt: skip
-"""What `graftlm` sets of malloc for itself: read by glibc and torch when a process starts."""
 PACKS = {511: 4, 1023: 2, 2047: 1}
 """Packs a step's rows fill at each budget (tokens): one less than a multiple of 8, since LLaMA-Factory adds a token."""
 
@@ -46,7 +42,7 @@ def _arms() -> list[Arm]:
     ]  # fmt: skip
     best = packed[len(PACKS)]
     return [
-        Arm(OURS, OURS, environment=AS_RUN),
+        Arm(OURS, OURS, environment=AS_SET),
         # Eight rows a device are both peers' default; two such batches make the step.
         Arm("trl default", "trl", {"per_device_train_batch_size": 8}),
         Arm("trl padded", "trl", {**bare, "per_device_train_batch_size": BATCH_ROWS}),
@@ -55,7 +51,7 @@ def _arms() -> list[Arm]:
         Arm("llamafactory default", "llamafactory", {"per_device_train_batch_size": 8}),
         Arm("llamafactory padded", "llamafactory", {**plain, "per_device_train_batch_size": BATCH_ROWS}),
         *packed,
-        replace(best, name=f"{best.name}, malloc as ours", environment=AS_RUN),
+        replace(best, name=f"{best.name}, malloc as ours", environment=AS_SET),
     ]  # fmt: skip
 
 

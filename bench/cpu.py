@@ -7,11 +7,12 @@ bf16 is measured unasked only where the processor computes it: emulated, a step 
 measured now beside what `--out` holds, each group with its own command and size.
 
 Every arm is a process of its own in an environment of its own (made below BENCH_VENVS, else .bench), at its documented
-default and at our best tuning of it; ours with malloc as `graftlm` sets it for itself, and so the best peer once more. A step is 16 rows everywhere. Arms take turns, ours between any two others;
-figures are medians over the steps after warm-up. An arm counts when its first loss is ours within 0.5 %, it saw the
-same labels, and a changed row moves no other; one that fails is shown as failing. Row-tokens are real tokens of the
-rows: padding is none, and what rows share is counted in every row. Memory is the most the process ever held (VmHWM),
-libraries included, up to the last step; "above" is what it held more than before the first weight was loaded.
+default and at our best tuning of it; ours with malloc as `graftlm` sets it for itself, and so the best peer once more.
+A step is 16 rows everywhere. Arms take turns, ours between any two others; figures are medians over the steps after
+warm-up. An arm counts when its first loss is ours within 0.5 %, it saw the same labels, and a changed row moves no
+other; one that fails is shown as failing. Row-tokens are real tokens of the rows: padding is none, and what rows share
+is counted in every row. Memory is the most the process ever held (VmHWM), libraries included, up to the last step;
+"above" is what it held more than before the first weight was loaded.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, AS_RUN, BATCH_ROWS, OURS, QUICK, Arm, in_turns
+from arms import ARMS, BATCH_ROWS, OURS, QUICK, Arm, in_turns
 from judging import figures, headline, judge, table
 from venvs import PEERS, python_of
 from workload import ROOT, SIZES, Workload, job_of, make_workload
 
 from graftlm.device import fastest_precision, machine_name
+from graftlm.malloc import AS_SET
 
 SECONDS_PER_ARM = 3600
 
@@ -47,7 +49,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_script(
-    python: Path, script: Path, job: dict[str, Any], folder: Path, also: dict[str, str] = AS_RUN
+    python: Path, script: Path, job: dict[str, Any], folder: Path, also: dict[str, str] = AS_SET
 ) -> dict[str, Any]:
     """One run in a process of its own, `also` in its environment; one that ends in an error is a record of it."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -29,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import AS_RUN
 
 from graftlm.device import machine_name, peak_memory_bytes
 from graftlm.health.activations import counts_of
 from graftlm.health.memory import StageSize, moments, peak
 from graftlm.health.plan import LOOK_ROWS, LOOK_TOKENS, size_of
+from graftlm.malloc import AS_SET
 from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
@@ -214,7 +214,7 @@ def main() -> None:
         line += f"  measured {told['measured_bytes'] / 2**20:7.0f} MiB  {told['error']:+6.1%}  ({told['moment']})"
         line += f"  from row lengths {told['error_of_expected']:+6.1%}"
         if case.precision == "fp32":
-            for name, environment in {"as_run": AS_RUN, "with_default_malloc": {}}.items():
+            for name, environment in {"as_run": AS_SET, "with_default_malloc": {}}.items():
                 other = in_a_process(number, environment)
                 told[f"measured_{name}_bytes"] = other["measured_bytes"]
                 told[f"cpu_seconds_{name}"] = other["cpu_seconds"]

@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -351,34 +350,3 @@ def test_a_result_is_lines_for_a_person_and_cannot_drive_the_terminal(capsys: py
     assert capsys.readouterr().out.splitlines() == [
         "examples", "  changed", '    " a"', '    "8\\n"', "  none  none",
     ]  # fmt: skip
-
-
-KEPT = """
-import ctypes
-from pathlib import Path
-from graftlm.cli import app
-{first}
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-libc.free(libc.malloc(30 << 20))  # from now on glibc keeps blocks of up to as much
-blocks = [libc.malloc(3 << 20) for _ in range(30)]
-for block in blocks:
-    libc.memset(block, 1, 3 << 20)
-full = resident()
-for block in blocks[:-1]:
-    libc.free(block)
-print(full - resident() >> 20)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
-def test_freed_memory_leaves_the_process() -> None:
-    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        pytest.skip("no huge pages here: memory is kept for the sake of time")
-    kept, given = (
-        int(subprocess.run([sys.executable, "-c", KEPT.format(first=first)], capture_output=True, check=True).stdout)
-        for first in ("", "app._give_freed_memory_back()")
-    )
-    assert (kept, given > 80) == (0, True)

@@ -6,8 +6,6 @@ libraries are imported inside the verbs, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import difflib
 import errno
 import logging
@@ -15,7 +13,6 @@ import os
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,10 +20,9 @@ import typer
 from graftlm import __version__
 from graftlm.cli import data, evaluate, health, machine, plan, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
+from graftlm.malloc import give_large_blocks_back
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
-GIVEN_BACK = 4 * 2**20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 app = typer.Typer(
@@ -88,7 +84,7 @@ def main() -> None:
     # Read by GNU OpenMP when torch loads it: how long a thread spins before it sleeps. Its default makes training many
     # times slower as soon as anything else holds a core; this is as fast alone (docs/log.md, bench/waiting.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    _give_freed_memory_back()
+    give_large_blocks_back()
     # Libraries warn their own developers of what they will rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     # Told by bitsandbytes wherever peft imports it: a product in 4 bits that nothing here computes with.
@@ -121,24 +117,6 @@ def _is_not_of_a_missing_kernel(record: logging.LogRecord) -> bool:
 
 def _is_not_of_an_old_name(record: logging.LogRecord) -> bool:
     return "register_constant() on Enum" not in str(record.msg)
-
-
-def _give_freed_memory_back() -> None:
-    """Have freed blocks of `GIVEN_BACK` bytes or more leave the process, and torch ask for huge pages for new ones.
-
-    glibc's malloc keeps what was freed below 32 MiB, and before 2.38 seldom fits an aligned block into it again: a
-    stage on a CPU then holds up to twice what is alive. Without huge pages the first touch of every block would cost
-    too much time, so nothing is done where the kernel has none (bench/memory.py; mallopt(3)).
-    """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # the user has chosen
-        return
-    with contextlib.suppress(OSError, AttributeError):  # no Linux, or another malloc than glibc's
-        if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii"):
-            return
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(parameter, GIVEN_BACK)
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first tensor
 
 
 def _stop_writing() -> int:

@@ -45,7 +45,7 @@ def _is_followed(above: Tensor, below: Tensor) -> bool:
 
 
 class _Joined(torch.autograd.Function):
-    """`joined`, with a gradient: each part's is its rows of the whole's, or, of a sparse one, what `_add_rows` makes."""
+    """`joined`, with a gradient: each part's is its rows of the whole's; `_add_rows` takes them from a sparse one."""
 
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:

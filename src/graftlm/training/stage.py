@@ -26,6 +26,7 @@ from graftlm.health.finding import Finding
 from graftlm.health.incident import Incident
 from graftlm.health.look import Look
 from graftlm.health.probe import NameOf, no_name
+from graftlm.malloc import HeapTrim
 from graftlm.model.causal import body_of, plain_model
 from graftlm.model.packed import attention_in_words
 from graftlm.recipe import Stage
@@ -297,7 +298,7 @@ class StageRun:
                 max_grad_norm=self.stage.max_grad_norm,
                 on_step=[
                     self._count, self._record, show, self.recovery.see, self._watch_heldout, self._save_regularly,
-                    self._stop_if_asked,
+                    self._stop_if_asked, HeapTrim(),
                 ],
             )  # fmt: skip
 
