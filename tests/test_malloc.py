@@ -42,8 +42,8 @@ def given_back(size: int, first: str = "", then: str = "") -> int:
 def test_large_blocks_leave_the_process_when_they_are_freed() -> None:
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("no huge pages here: memory is kept for the sake of time")
-    assert given_back(3 << 20) < 5
-    assert given_back(3 << 20, first="give_large_blocks_back()") > 80
+    assert given_back(5 << 20) < 5
+    assert given_back(5 << 20, first="give_large_blocks_back()") > 80
 
 
 def test_small_blocks_leave_it_when_the_heap_is_trimmed() -> None:
@@ -51,11 +51,11 @@ def test_small_blocks_leave_it_when_the_heap_is_trimmed() -> None:
     assert given_back(1 << 16, then="HeapTrim()()") > 80
 
 
-def test_the_heap_is_trimmed_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heap_is_trimmed_once_in_ten_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     at, trimmed = [100.0], []
     monkeypatch.setattr(malloc.time, "monotonic", lambda: at[0])
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: type("Libc", (), {"malloc_trim": trimmed.append}))
     trim = HeapTrim()
-    for at[0] in (100.0, 100.5, 100.9, 101.0, 101.1, 102.5):
+    for at[0] in (100.0, 105.0, 109.0, 110.0, 111.0, 125.0):
         trim("a step's record")
     assert trimmed == [0, 0, 0]

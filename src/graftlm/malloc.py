@@ -13,13 +13,13 @@ import os
 import time
 from pathlib import Path
 
-GIVEN_BACK = 2**20
+GIVEN_BACK = 4 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 AS_SET = {
     "MALLOC_MMAP_THRESHOLD_": str(GIVEN_BACK), "MALLOC_TRIM_THRESHOLD_": str(GIVEN_BACK), "THP_MEM_ALLOC_ENABLE": "1"
 }  # fmt: skip
 """An environment in which a process begins as `give_large_blocks_back` leaves one."""
-SECONDS_BETWEEN_TRIMS = 1.0
+SECONDS_BETWEEN_TRIMS = 10.0
 
 
 def give_large_blocks_back() -> None:

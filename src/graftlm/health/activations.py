@@ -185,12 +185,11 @@ class _Ledger:
         a CPU a float32.
         """
         needing = sum(map(self.learns.needs_input, names))
-        is_dora = self.learns.is_dora and any(self._is_adapted(name) for name in names)
-        if not self._is_dropping and not (is_dora and self.compute.is_mixed):
+        if not self._copies_inputs(*names):
             needing = min(needing, 1)
         self.add(positions * width * self.compute.num_bytes * needing)
         if self._is_dropping:
-            self.add(positions * width * needing * (WIDE if is_dora and self.compute.is_cpu else 1))
+            self.add(positions * width * needing * (WIDE if self.learns.is_dora and self.compute.is_cpu else 1))
 
     def adapter(self, positions: int, name: str) -> None:
         """The low-rank numbers between A and B."""
@@ -204,10 +203,10 @@ class _Ledger:
     def _is_dropping(self) -> bool:
         return self.learns.kind == "lora" and self.learns.dropout > 0
 
-    @property
-    def _are_copied(self) -> bool:
-        """Whether a linear map keeps a copy of its input, not the input itself."""
-        return self.compute.is_mixed or self._is_dropping
+    def _copies_inputs(self, *names: str) -> bool:
+        """Whether each of these that keeps its input keeps a copy of its own: what was dropped, or PEFT's cast."""
+        is_dora = self.learns.is_dora and any(self._is_adapted(name) for name in names)
+        return self._is_dropping or (is_dora and self.compute.is_mixed)
 
     def attention(self, batch: MicroBatch) -> None:
         """Of all positions. On a GPU: SDPA by group of rows, and over the shared prefix, which is a slice; what it is
@@ -235,13 +234,13 @@ class _Ledger:
         self.add(batch.num_labels * (INDEX + self.shape.query_width * WIDE))
 
     def _grouped(self, queries: int, padded: int, keys: int) -> None:
-        """`model/grouped.py`: queries, keys and values as projected, log-sums, and the output in float32 (which is the
-        output projection's input, where that keeps no copy)."""
+        """`model/grouped.py`: queries, keys and values as projected, log-sums, and the output (which is the output
+        projection's input, where that keeps no copy)."""
         shape = self.shape
         self.add((queries * shape.query_width + 2 * keys * shape.kv_width) * self.compute.num_bytes)
         self.add(padded * shape.num_heads * WIDE)
-        if self._are_copied or not self.learns.needs_input("o_proj"):
-            self.add(queries * shape.query_width * WIDE)
+        if not self.learns.needs_input("o_proj") or self._copies_inputs("o_proj"):
+            self.add(queries * shape.query_width * self.compute.num_bytes)
 
     def _attended(self, queries: int, keys: int) -> None:
         b, shape = self.compute.num_bytes, self.shape

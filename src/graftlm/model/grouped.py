@@ -214,19 +214,20 @@ class _Grouped(torch.autograd.Function):
             )
             found.append(attended)
             log_sums.append(log_sum)
-        attended_NHD = _end_to_end(query, found).index_select(0, pieces.back_N)
+        attended_NHD = _end_to_end(query, found).index_select(0, pieces.back_N).to(query_NHD.dtype)
         ctx.pieces, ctx.scaling, ctx.pointwise, ctx.num_turns = pieces, scaling, pointwise, len(turns)
+        # As it is given on, in 16 bits under autocast: the output projection keeps the very same memory.
         ctx.save_for_backward(query_NHD, key_THD, value_THD, attended_NHD, *turns, *log_sums)
-        return attended_NHD.to(turned_NHD.dtype)
+        return attended_NHD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_NHD, key_THD, value_THD, attended_NHD, *others = ctx.saved_tensors
         turns, log_sums = others[: ctx.num_turns], others[ctx.num_turns :]
         turned_NHD, turned_THD = _turned(query_NHD, key_THD, ctx.pointwise, turns)
-        pieces, wide = ctx.pieces, attended_NHD.dtype
+        pieces, wide = ctx.pieces, _wide(query_NHD)
         query, key, value = _gathered(pieces, turned_NHD, turned_THD, value_THD, wide)
-        attended = attended_NHD.index_select(0, pieces.queries)
+        attended = attended_NHD.to(wide).index_select(0, pieces.queries)
         # Nothing comes back through padding.
         grad = grad_outputs[0].to(wide).index_select(0, pieces.queries).index_fill_(0, pieces.padding, 0.0)
         by_piece = zip(

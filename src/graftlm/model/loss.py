@@ -20,7 +20,7 @@ from graftlm.model.rows import joined
 # By device. Larger chunks make better products and hold more memory; soft-max and sums, in float32, go through a chunk
 # in blocks that stay in a processor's cache (measured: docs/log.md). A GPU has no use for blocks, and its products want
 # a thousand positions: an estimate, not measured.
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 
 
