@@ -4,8 +4,9 @@
                            [--out bench/results/DATE-cpu-levers.json]
 
 A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code;
-each run is a process of its own. All losses must agree with those of the run with everything on. The head has no
-switch: `head` times it alone, on as many hidden states, against full logits and torch's own cross-entropy.
+each run is a process of its own. All losses must agree with those of the run with everything on, but for those of
+dropout, which is drawn anew. The head has no switch: `head` times it alone, on as many hidden states, against full
+logits and torch's own cross-entropy.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import torch
 from arms import BATCH_ROWS, OURS, Arm
 from cpu import commit, machine, run_script
 from judging import figures, loss_deviation
-from workload import ROOT, SIZES, Workload, job_of, make_workload
+from workload import ROOT, SIZES, TARGETS, Workload, job_of, make_workload
 
 from graftlm.device import DTYPES
+from graftlm.model.adapted import AdaptedLinear
 from graftlm.model.loss import linear_cross_entropy_sum
+from graftlm.model.rows import touch_only_rows_read
 from graftlm.training.batches import NO_SPARING, Batch, Sparing, Steps, row_batches
 from graftlm.training.stage import StageRun
 
@@ -76,6 +79,18 @@ def _keep_all(stage_run: StageRun) -> None:
     stage_run.prepared.lean.restore()
 
 
+def _adapters_of_peft(stage_run: StageRun) -> None:
+    for parent, name, own in stage_run.prepared.lean.replaced:
+        stand_in = getattr(parent, name)
+        if isinstance(stand_in, AdaptedLinear):
+            stand_in.hand_on(own)
+            setattr(parent, name, own)
+
+
+def _whole_embedding(stage_run: StageRun) -> None:
+    touch_only_rows_read(stage_run.model, False)
+
+
 LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "no packing, nothing shared": ({}, _one_by_one),
     "no shared prefix": ({}, _sparing(Sparing(prefix=False))),
@@ -89,12 +104,21 @@ LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "compile": ({"compile": True}, None),
     "no recovery": ({"recovery": "off"}, None),
     "the other precision": ({"precision": "other"}, None),
+    "small micro-batches": ({"micro_batch_tokens": 512}, None),
+    "small micro-batches, the embedding's gradient whole": ({"micro_batch_tokens": 512}, _whole_embedding),
 }
+DROPPING = {"trains": {"kind": "lora", "rank": 64, "alpha": 32, "rows": "none", "targets": TARGETS, "dropout": 0.05}}
+LORA_LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
+    "adapters as PEFT computes them": ({}, _adapters_of_peft),
+    "dropout 0.05": (DROPPING, None),
+    "dropout 0.05 as PEFT computes it": (DROPPING, _adapters_of_peft),
+}
+ALL_LEVERS = LEVERS | LORA_LEVERS
 
 
 def lever_run(job: dict[str, Any], result: Result) -> None:
     """The process of one run; the job's arm names the lever."""
-    train(job, result, LEVERS[job["arm"]][1] if job["arm"] in LEVERS else None)
+    train(job, result, ALL_LEVERS[job["arm"]][1] if job["arm"] in ALL_LEVERS else None)
 
 
 def measure(
@@ -103,7 +127,7 @@ def measure(
     """Each lever off between two runs with all on: how many times longer a step takes without it, and its memory."""
 
     def one(name: str) -> dict[str, Any]:
-        settings = dict(LEVERS[name][0]) if name in LEVERS else {}
+        settings = dict(ALL_LEVERS[name][0]) if name in ALL_LEVERS else {}
         if settings.get("precision") == "other":
             settings["precision"] = "bf16" if precision == "fp32" else "fp32"
         job = {**job_of(workload, Arm(name, OURS, settings), trains, precision, num_steps, 1), "check": False}
@@ -182,7 +206,8 @@ def main() -> None:
     size = asked.size or ("15m" if asked.quick else "57m")
     warm_up, steps = (1, 1) if asked.quick else (2, asked.steps)
     words = asked.levers or (["prefix nor"] if asked.quick else [""])
-    levers = [name for name in LEVERS if any(word in name for word in words)]
+    known = ALL_LEVERS if asked.trains == "lora" else LEVERS
+    levers = [name for name in known if any(word in name for word in words)]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

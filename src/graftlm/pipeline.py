@@ -20,7 +20,7 @@ from graftlm.errors import NumericalStop, UserError
 from graftlm.health.autopsy import Autopsy, autopsy
 from graftlm.inputs import check_inputs, inputs_of
 from graftlm.model.pointwise import compiled
-from graftlm.recipe import HOW_NOT_WHAT, Recipe
+from graftlm.recipe import Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
 from graftlm.release.card import Form, write_card
 from graftlm.release.export import Manifest, export_gguf_of_folder, whole_or_absent
@@ -321,8 +321,9 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
     inputs = inputs_of(recipe)
     stops = []
     if recipe.base.scratch:
-        scratch = recipe.base.scratch.model_dump(mode="json", exclude={"training": set(HOW_NOT_WHAT)})
-        asked = {"base": {"scratch": scratch}, "seed": recipe.seed}
+        scratch = recipe.base.scratch.model_dump(mode="json", exclude={"training"})
+        training = recipe.base.scratch.training.as_ordered()
+        asked = {"base": {"scratch": scratch | {"training": training}}, "seed": recipe.seed}
         stops.append(_Stop("0-scratch", asked, road.build_scratch, inputs["scratch"]))
     stops += [
         _Stop("1-tokenizer", _section(recipe, "tokenizer"), road.graft_tokenizer, inputs["tokenizer"]),
@@ -330,7 +331,7 @@ def _plan(recipe: Recipe, road: Road) -> list[_Stop]:
         _Stop("3-data", _section(recipe, "data"), road.prepare_data, inputs["data"], FORMAT_VERSION),
     ]
     for number, stage in enumerate(recipe.stages):
-        asked = {"stages": {stage.name: stage.model_dump(mode="json", exclude=set(HOW_NOT_WHAT))}}
+        asked = {"stages": {stage.name: stage.as_ordered()}}
         stops.append(_Stop(road.stage_folder(number).name, asked, road.train_stage(number)))
     sampled = recipe.report.model_dump(mode="json", include={"num_samples", "max_answer_tokens"})
     stops += [

@@ -148,6 +148,14 @@ class Stage(Section):
     max_rollbacks: Count = 4
     seed: StrictInt = 0
 
+    def as_ordered(self) -> dict[str, Any]:
+        """What makes it this stage and no other: a run trains it anew when that has changed.
+
+        A key that came later than the first runs is told where it is used: else those would all begin anew.
+        """
+        untold = HOW_NOT_WHAT if self.fp8 else HOW_NOT_WHAT | {"fp8"}
+        return self.model_dump(mode="json", exclude=set(untold))
+
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
         """One warm-up; early stopping needs readings; a base that learns is exact; FP8 stands beside bf16 alone."""
