@@ -34,7 +34,7 @@ from graftlm.device import machine_name, peak_memory_bytes
 from graftlm.health.activations import counts_of
 from graftlm.health.memory import StageSize, moments, peak
 from graftlm.health.plan import LOOK_ROWS, LOOK_TOKENS, size_of
-from graftlm.malloc import AS_SET
+from graftlm.malloc import AS_SET, KERNELS
 from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
@@ -44,7 +44,7 @@ from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 
 NUM_OLD, NUM_SHARED = 32_000, 29
-ALIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+ALIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", **KERNELS}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora", "rank": 64, "alpha": 32},

@@ -196,6 +196,7 @@ def test_fp8_on_an_a100_is_a_told_problem_and_on_an_h200_none(run: Run) -> None:
     code, out, err = run(CARD, "--on", "a100-80", *asked)
     assert (code, err) == (0, "")
     assert "fatal: full asks for FP8, which NVIDIA A100 80 GB (compute capability 8.0) does not compute" in out
+    assert "fits as it is" not in out
     code, out, err = run(CARD, "--on", "h200", *asked)
     assert (code, err) == (0, "")
     assert "fatal" not in out

@@ -13,7 +13,7 @@ from graftlm.malloc import HeapTrim
 KEPT = """
 import ctypes
 from pathlib import Path
-from graftlm.malloc import HeapTrim, give_large_blocks_back
+from graftlm.malloc import HeapTrim, keep_little
 {first}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -43,7 +43,7 @@ def test_large_blocks_leave_the_process_when_they_are_freed() -> None:
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("no huge pages here: memory is kept for the sake of time")
     assert given_back(5 << 20) < 5
-    assert given_back(5 << 20, first="give_large_blocks_back()") > 80
+    assert given_back(5 << 20, first="keep_little()") > 80
 
 
 def test_small_blocks_leave_it_when_the_heap_is_trimmed() -> None:

@@ -171,6 +171,14 @@ def test_missing_inputs_are_told_at_once_before_anything_is_made(finished: Path,
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_too_long_for_a_later_stage_are_told_before_the_first(finished: Path, run: Path, capsys) -> None:
+    recipe = changed(finished, "stages.full.seed=3", "stages.lora.micro_batch_tokens=8")
+    with pytest.raises(UserError, match=r"^lora: The longest row has \d+ tokens, more than micro_batch_tokens 8"):
+        run_recipe(recipe, run)
+    assert "continuing" not in capsys.readouterr().out
+    assert not (run / "4-full" / "metrics.jsonl").exists()
+
+
 def test_files_of_no_use_are_told_at_once_before_the_first_step(finished: Path, tmp_path: Path) -> None:
     """A base may train for hours before the data step reads what is wrong; finished steps' files are not looked at."""
     (tmp_path / "gbk.jsonl").write_bytes('{"instruction": "你好", "output": "好"}\n'.encode("gb18030"))

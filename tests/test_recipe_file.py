@@ -119,6 +119,11 @@ def test_other_encodings_are_told(tmp_path: Path) -> None:
         ("stages: [{name: a, trains: full}]", "for example {kind: full}, found 'full'"),
         ("stages: [{name: a, trains: {rank: 3}}]", "stages.0.trains: kind is missing: full, lora or new-rows"),
         ("stages: [{name: a, trains: {kind: ful}}]", "stages.0.trains.kind: unknown kind 'ful'; did you mean full?"),
+        (
+            "stages: [{name: a, trains: {kind: lora, targets: [q_proj, no_proj]}}]",
+            "stages.0.trains.targets.1: expected q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj",
+        ),
+        ("stages: [{name: a, trains: {kind: lora, targets: []}}]", "targets: expected at least 1 in the list"),
         ("stages: [{name: a, trains: {kind: full}, betas: [0.9]}]", "stages.0.betas.1 is missing"),
         ("stages: [{name: a, trains: {kind: full}, objective: text}]", "objective text needs data.text"),
         (

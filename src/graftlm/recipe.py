@@ -8,7 +8,7 @@ section. First stop of the road: `load_recipe` hands the sections on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, ValidationInfo
 
@@ -51,6 +51,10 @@ class Full(Section):
     kind: Literal["full"]
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The linear maps of a layer, by the names that all Llama-like models give them."""
+
+
 class Lora(Section):
     """Low-rank adapters learn; embedding and head with them as `rows` says. Source: arXiv 2106.09685."""
 
@@ -58,7 +62,7 @@ class Lora(Section):
     rank: Count = 64
     alpha: Positive = 32.0
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)
     rslora: StrictBool = False
     dora: StrictBool = False
     rows: Literal["all", "new", "none"] = "all"

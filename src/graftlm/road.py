@@ -21,7 +21,7 @@ from graftlm.inputs import new_language_texts
 from graftlm.model.causal import find_model, load_causal
 from graftlm.model.grow import NUM_NEW_TEXTS, expand_model
 from graftlm.model.tensors import TensorSource, source_of_folder
-from graftlm.recipe import Lora, Recipe
+from graftlm.recipe import Lora, Recipe, Stage
 from graftlm.release.export import Also, Manifest, export_adapter, export_gguf, export_model
 from graftlm.release.gguf_file import Quantization
 from graftlm.release.judge import answer_exact, judge_states, learned_answers
@@ -36,6 +36,7 @@ from graftlm.text.rows import TokenRows
 from graftlm.text.templates import Template, find_template
 from graftlm.text.texts import first_texts
 from graftlm.text.tokenizer import Tokenizer, graft_tokenizer, load_tokenizer
+from graftlm.training.batches import refuse_rows_beyond
 from graftlm.training.following import stage_for_all
 from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.scratch import build_scratch_base
@@ -135,13 +136,16 @@ class Road:
             if (self.stage_folder(number) / DONE).is_file():
                 model = self._apply(model, number)
 
-    def _stage_run(self, number: int, model: Any, folder: Path) -> StageRun:
-        stage, tokenizer, data = self.recipe.stages[number], self._tokenizer, self.folder / "3-data"
-        rows = TokenRows.load(
-            data / ("text" if stage.objective == "text" else "train"),
-            tokenizer=tokenizer,
+    def _rows_of(self, stage: Stage) -> TokenRows:
+        return TokenRows.load(
+            self.folder / "3-data" / ("text" if stage.objective == "text" else "train"),
+            tokenizer=self._tokenizer,
             template_fingerprint=self._template.fingerprint,
         )
+
+    def _stage_run(self, number: int, model: Any, folder: Path) -> StageRun:
+        stage, tokenizer, data = self.recipe.stages[number], self._tokenizer, self.folder / "3-data"
+        rows = self._rows_of(stage)
         held = {language: data / f"heldout-{language}" for language in LANGUAGES}
         heldout = {language: TokenRows.load(path) for language, path in held.items() if path.is_dir()}
         return stage_for_all(
@@ -152,6 +156,9 @@ class Road:
         """The step that trains stage `number` (from 0)."""
 
         def work(step: Step) -> Facts:
+            # Of the stages to come too: what their rows show to be wrong is told before hours of this one.
+            for later in self.recipe.stages[number + 1 :]:
+                refuse_rows_beyond(self._rows_of(later), later.micro_batch_tokens, f"{later.name}: ")
             training = self._stage_run(number, self.model_before(number), step.folder)
             training.run()
             facts = training.facts()

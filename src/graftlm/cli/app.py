@@ -20,7 +20,7 @@ import typer
 from graftlm import __version__
 from graftlm.cli import data, evaluate, health, machine, plan, release, road, serve, talk, tokenizer
 from graftlm.errors import Interrupted, UserError
-from graftlm.malloc import give_large_blocks_back
+from graftlm.malloc import keep_little
 
 OUR_FAULT, USERS_FAULT, DISK, INTERRUPTED = 1, 2, 4, 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -84,7 +84,7 @@ def main() -> None:
     # Read by GNU OpenMP when torch loads it: how long a thread spins before it sleeps. Its default makes training many
     # times slower as soon as anything else holds a core; this is as fast alone (docs/log.md, bench/waiting.py).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    give_large_blocks_back()
+    keep_little()
     # Libraries warn their own developers of what they will rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     # Told by bitsandbytes wherever peft imports it: a product in 4 bits that nothing here computes with.

@@ -95,6 +95,11 @@ class StagePlan:
     has_fp8: bool = True
 
     @property
+    def runs_as_it_is(self) -> bool:
+        """Whether it fits, and the device computes what it asks for."""
+        return self.fits and (self.has_fp8 or not self.wish.fp8)
+
+    @property
     def holds_step(self) -> bool:
         """Whether a whole step fits in one micro-batch."""
         return (self.micro_batch_tokens or 0) >= self.wish.whole_step_tokens

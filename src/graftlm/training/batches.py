@@ -165,6 +165,16 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return order
 
 
+def refuse_rows_beyond(rows: TokenRows, micro_batch_tokens: int, whose: str = "") -> None:
+    """Raises UserError where a row has more tokens than a micro-batch, of the stage named, may have."""
+    longest = int(rows.lengths.max()) if len(rows) else 0
+    if longest > micro_batch_tokens:
+        raise UserError(
+            f"{whose}The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",
+            f"Set micro_batch_tokens to {longest} or more, or data.max_tokens to {micro_batch_tokens} or less.",
+        )
+
+
 class Steps:
     """All steps of a stage: which rows each takes, and their micro-batches.
 
@@ -187,12 +197,7 @@ class Steps:
     ) -> None:
         if not len(rows):
             raise UserError("There are no rows to train on.", "See the counts of the data step: why was each dropped?")
-        longest = int(rows.lengths.max())
-        if longest > micro_batch_tokens:
-            raise UserError(
-                f"The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",
-                f"Set micro_batch_tokens to {longest} or more, or data.max_tokens to {micro_batch_tokens} or less.",
-            )
+        refuse_rows_beyond(rows, micro_batch_tokens)
         if num_ranks > batch_rows:
             raise UserError(
                 f"{num_ranks} ranks would share the {batch_rows} rows of a step (batch_rows).",
