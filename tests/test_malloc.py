@@ -51,6 +51,18 @@ def test_small_blocks_leave_it_when_the_heap_is_trimmed() -> None:
     assert given_back(1 << 16, then="HeapTrim()()") > 80
 
 
+@pytest.mark.parametrize(("chosen", "kept"), [(None, "96"), ("7", "7")])
+def test_few_kernels_are_kept_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, kept: str
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(name, chosen)
+    code = f"import os; from graftlm.malloc import keep_little; keep_little(); print(os.environ['{name}'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == kept
+
+
 def test_the_heap_is_trimmed_once_in_ten_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     at, trimmed = [100.0], []
     monkeypatch.setattr(malloc.time, "monotonic", lambda: at[0])
