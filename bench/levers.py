@@ -208,6 +208,8 @@ def main() -> None:
     words = asked.levers or (["prefix nor"] if asked.quick else [""])
     known = ALL_LEVERS if asked.trains == "lora" else LEVERS
     levers = [name for name in known if any(word in name for word in words)]
+    if not levers:
+        raise SystemExit(f"No lever is called so; there are: {', '.join(known)}.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
