@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args
 
 from graftlm.health.activations import Learns
 from graftlm.health.devices import DEVICES, Device, precision_told
@@ -15,9 +16,10 @@ from graftlm.health.memory import FROZEN, GIB
 from graftlm.health.plan import StagePlan, fits_at_all
 from graftlm.health.sharding import Share
 from graftlm.model.frozen import FrozenBase
+from graftlm.recipe import Projection
 
 QUANTISED: tuple[FrozenBase, ...] = ("int8", "nf4")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = get_args(Projection)
 _LESS = {
     "{kind: lora}": Learns("lora", "all", 64, _PROJECTIONS),
     "{kind: lora, rows: none}": Learns("lora", "none", 64, _PROJECTIONS),

@@ -14,7 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from graftlm.errors import NumericalStop, UserError
 from graftlm.model.causal import is_tied, model_fingerprint, plain_model, vocabulary_modules
 from graftlm.model.weights import read_header, verify_manifest, write_folder
+from graftlm.recipe import Projection
 from graftlm.run import read_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = get_args(Projection)
 
 
 def attach_lora(
