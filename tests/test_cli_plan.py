@@ -191,6 +191,26 @@ def test_what_cannot_be_planned_is_told_in_two_lines(run: Run, arguments: list[s
     assert len(err.strip().splitlines()) == 2
 
 
+def test_halves_are_for_full_training_in_bf16_on_ranks_that_hold_all(run: Run) -> None:
+    code, out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", "stages.full.precision=bf16")
+    assert code == 0, err
+    for asked, why in (
+        (("stages.full.precision=fp16",), "needs precision bf16, and here that is fp16: take bf16"),
+        (("stages.full.precision=bf16", "stages.full.fp8=true"), "fp8 is true too, which takes float32 weights"),
+        (
+            ("stages.full.precision=bf16", "ranks.shard=full"),
+            "ranks that hold all, not for ranks.shard full: take none",
+        ),
+    ):
+        code, out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", *asked)
+        assert code == 2
+        assert "split_master: " in err
+        assert why in err
+    code, out, err = run(CARD, "--on", "h200", "stages.lora.split_master=true")
+    assert code == 2
+    assert "it is for full training, and this stage trains lora: take false" in err
+
+
 def test_fp8_on_an_a100_is_a_told_problem_and_on_an_h200_none(run: Run) -> None:
     asked = ("stages.full.fp8=true", "stages.full.precision=bf16")
     code, out, err = run(CARD, "--on", "a100-80", *asked)

@@ -114,8 +114,11 @@ class LossScale(Section):
 
 # Knobs of a stage that change how it is computed, not what: they may be changed in the middle of one.
 HOW_NOT_WHAT = frozenset(
-    {"micro_batch_tokens", "gradient_checkpointing", "compile", "checkpoint_every", "recovery", "max_rollbacks"}
-)
+    {
+        "micro_batch_tokens", "gradient_checkpointing", "compile", "split_master", "checkpoint_every", "recovery",
+        "max_rollbacks",
+    }
+)  # fmt: skip
 # Steps of every run, whose folders are found by these names.
 STEP_NAMES = frozenset({"scratch", "tokenizer", "base", "data", "model", "heldout", "report"})
 
@@ -142,6 +145,7 @@ class Stage(Section):
     loss_scale: LossScale = LossScale()
     gradient_checkpointing: StrictBool = False
     compile: StrictBool = False
+    split_master: StrictBool = False
     fp8: StrictBool = False
     frozen_base: Literal["exact", "int8", "nf4"] = "exact"
     heldout_every: Count | None = None
@@ -171,6 +175,13 @@ class Stage(Section):
         if given["frozen_base"] != "exact" and (trains.get("kind") == "full" or trains.get("dora")):
             why = "all of it learns" if trains.get("kind") == "full" else "DoRA takes norms of exact matrices"
             yield ("frozen_base",), f"{given['frozen_base']} is for a base that stays as it is, and here {why}"
+        if given["split_master"] is True:
+            if given["precision"] in ("fp32", "fp16"):
+                yield ("split_master",), f"it needs precision bf16, and here that is {given['precision']}: take bf16"
+            if trains.get("kind") in ("lora", "new-rows"):
+                yield ("split_master",), f"it is for full training, and this stage trains {trains['kind']}: take false"
+            if given["fp8"] is True:
+                yield ("split_master",), "fp8 is true too, which takes float32 weights: choose one of both"
         if given["fp8"] is True and given["precision"] in ("fp32", "fp16"):
             yield ("fp8",), f"it needs precision bf16, and here that is {given['precision']}: take bf16, or fp8 false"
         if given["fp8"] is True and given["frozen_base"] in ("int8", "nf4"):
@@ -380,3 +391,5 @@ class Recipe(Section):
         for where, stage in places if shard != "none" else ():
             if stage.get("fp8") is True:
                 yield (*where, "fp8"), f"FP8 is built for ranks that hold all, not for ranks.shard {shard}: take none"
+            if stage.get("split_master") is True:
+                yield (*where, "split_master"), f"it is for ranks that hold all, not for ranks.shard {shard}: take none"

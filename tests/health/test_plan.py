@@ -19,6 +19,7 @@ from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
 from graftlm.health.row_facts import RowFacts, estimated_rows
 from graftlm.model.causal import body_of, new_causal
 from graftlm.model.frozen import hold_frozen_as
+from graftlm.model.halves import Halves
 from graftlm.model.lean import make_lean
 from graftlm.model.packed import attend_packed
 from graftlm.model.shapes import PUBLISHED, Shape, shape_of
@@ -66,16 +67,22 @@ def small_model(num_kv_heads: int = 2, tied: bool = False) -> Any:
     )  # fmt: skip
 
 
-def make_stage(trains: dict[str, Any], precision: str, is_checkpointing: bool = False) -> Stage:
+def make_stage(
+    trains: dict[str, Any], precision: str, is_checkpointing: bool = False, split_master: bool = False
+) -> Stage:
     return Stage.model_validate(
         {"name": "sft", "trains": trains, "batch_rows": BATCH_ROWS, "micro_batch_tokens": BUDGET, "keep": "last",
-         "precision": precision, "gradient_checkpointing": is_checkpointing, "heldout_every": None, "recovery": "off"}
+         "precision": precision, "gradient_checkpointing": is_checkpointing, "heldout_every": None, "recovery": "off",
+         "split_master": split_master}
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("precision", "is_sparing"), [("fp32", True), ("bf16", False)])
-@pytest.mark.parametrize("kind", TRAINS)
-def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sparing: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision", "is_sparing", "in_halves"),
+    [(kind, *how, False) for kind in TRAINS for how in (("fp32", True), ("bf16", False))]
+    + [("full", "bf16", True, True)],
+)
+def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sparing: bool, in_halves: bool) -> None:
     trains, learns = TRAINS[kind]
     stage, device = make_stage(trains, precision), torch.device("cpu")
     model = small_model(num_kv_heads=4 if is_sparing else 2)
@@ -84,6 +91,8 @@ def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sp
     its_precision = make_precision(stage, device)
     make_lean(body_of(model))
     hold_frozen_as(model, its_precision.compute_dtype)
+    if in_halves:
+        Halves().split(model)
     attend_packed(body_of(model))
     batch = row_batches(some_rows(8), range(8), 1000, device, Sparing() if is_sparing else NO_SPARING)[0]
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -97,7 +106,10 @@ def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sp
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = response_loss_sum(model.train(), batch, its_precision)
-    counts, compute = counts_of(batch.layout, len(batch.targets_N)), Compute(4 if precision == "fp32" else 2, True)
+    counts, compute = (
+        counts_of(batch.layout, len(batch.targets_N)),
+        Compute(4 if precision == "fp32" else 2, True, in_halves),
+    )
     counted = kept_once(shape, learns, counts, compute) + kept_of_head(shape, learns, 500 - FIRST_NEW)
     for layer in range(3):
         counted += sum(kept_by_layer(shape, learns, counts, compute, is_last=layer == 2).values())
@@ -106,25 +118,27 @@ def test_every_tensor_autograd_keeps_is_counted(kind: str, precision: str, is_sp
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "is_checkpointing", "tied"),
+    ("kind", "precision", "is_checkpointing", "tied", "split_master"),
     [
-        ("full", "fp32", True, False),
-        ("lora", "bf16", False, False),
-        ("new-rows", "fp32", False, True),
+        ("full", "fp32", True, False, False),
+        ("full", "bf16", True, False, True),
+        ("full", "bf16", False, True, True),
+        ("lora", "bf16", False, False, False),
+        ("new-rows", "fp32", False, True, False),
     ],
 )
 def test_a_stages_peak_is_within_a_tenth_of_the_estimate(
-    kind: str, precision: str, is_checkpointing: bool, tied: bool, tmp_path: Path
+    kind: str, precision: str, is_checkpointing: bool, tied: bool, split_master: bool, tmp_path: Path
 ) -> None:
     trains, _ = TRAINS[kind]
     stage, rows, model = (
-        make_stage(trains, precision, is_checkpointing),
+        make_stage(trains, precision, is_checkpointing, split_master),
         some_rows(2 * BATCH_ROWS),
         small_model(2, tied),
     )
     shape = shape_of(model.config.to_dict(), "the model")
     run = StageRun(model, stage, rows, {}, tmp_path, torch.device("cpu"), FIRST_NEW, saves_beside=False)
-    before = sum(p.nbytes for p in run.model.parameters())
+    before = sum(p.nbytes for p in (*run.model.parameters(), *run.prepared.halves.low_of.values()))
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run.run()
@@ -212,6 +226,29 @@ def test_a_budget_larger_than_memory_and_a_row_longer_than_the_budget_are_told_w
     told = hazards_of([small], DEVICES["h200"], 1)[0]
     assert (small.fits, told.cause, told.severity) == (False, "row-longer-than-budget", "fatal")
     assert "may have 1024 tokens, a micro-batch holds 512" in told.evidence
+
+
+def test_halves_spare_the_copies_and_are_told_where_they_help() -> None:
+    """Two bytes a parameter of the layers and of an untied head; the same training, so it comes before another one."""
+    plain, halves = (
+        plan_stage(wish_for(precision="bf16", gradient_checkpointing=False, split_master=split), DEVICES["h200"])
+        for split in (False, True)
+    )
+    copied = PUBLISHED["Llama-2-7b"].layer_matrices * 32 * 2
+    assert plain.peak_bytes - halves.peak_bytes == pytest.approx(1.04 * copied, rel=0.05)
+    room = replace(DEVICES["h200"], memory_bytes=(plain.peak_bytes + halves.peak_bytes) // 2)
+    tight = plan_stage(plain.wish, room)
+    told = {finding.cause: finding.cure for finding in hazards_of([tight], room, 1)}
+    assert told["does-not-fit"].endswith(", or stages.full.split_master=true")
+    assert plan_stage(halves.wish, room).fits
+    large = replace(plain.wish, shape=PUBLISHED["Llama-3.1-8B"], num_new_rows=0, gradient_checkpointing=True)
+    room = replace(DEVICES["h200"], memory_bytes=int(0.93 * plan_stage(large, DEVICES["h200"]).peak_bytes))
+    told = {finding.cause: finding.cure for finding in hazards_of([plan_stage(large, room)], room, 1)}
+    assert "Here fits stages.full.split_master=true, which is the same training." in told["does-not-fit"]
+    half = plan_stage(replace(halves.wish, precision="auto"), DEVICES["v100-32"])
+    told = {finding.cause: finding.evidence for finding in hazards_of([half], DEVICES["v100-32"], 1)}
+    assert "they are in fp16: nothing is split" in told["nothing-split"]
+    assert half.peak_bytes == plan_stage(replace(plain.wish, precision="auto"), DEVICES["v100-32"]).peak_bytes
 
 
 def test_fp8_is_told_where_it_cannot_be_and_not_counted_where_it_can() -> None:

@@ -26,6 +26,7 @@ from tiny_training import (
 
 from graftlm.errors import UserError
 from graftlm.health.incident import Incident, finding_of
+from graftlm.model.halves import joined_by_name
 from graftlm.recipe import Stage
 from graftlm.run import read_metrics
 from graftlm.text.rows import TokenRows
@@ -67,7 +68,7 @@ def trained(ranks: Ranks, cases: dict[str, Any], folder: Path) -> dict[str, str]
         run.run()
         found[name] = weights_sha256(run.model)
         if ranks.is_first:
-            torch.save(run._weights(), folder / f"{name}.pt")
+            torch.save(joined_by_name(run._weights()), folder / f"{name}.pt")
     return found
 
 
@@ -79,6 +80,7 @@ CASES = {
     "lora-new-tied": (make_stage(LORA_NEW, **RARELY), True, None),
     "new-rows": (make_stage(NEW, **RARELY), False, None),
     "new-rows-tied": (make_stage(NEW, **RARELY), True, None),
+    "halves": (make_stage(FULL, precision="bf16", split_master=True, **RARELY), False, None),
     "fp16": (make_stage(FULL, precision="fp16", loss_scale=LOUD, epochs=3, **RARELY), False, None),
     # 10 rows in steps of 4: the last step of an epoch has fewer rows than three ranks.
     "uneven": (make_stage(LORA_ALL, keep="best", heldout_every=3), False, make_rows(10)),
@@ -117,14 +119,14 @@ def test_several_ranks_are_one_run(
     folder, hashes = together(count)
     assert len({told[case] for told in hashes}) == 1
     one, many = lines_of(alone / case), lines_of(folder / case)
-    half = case == "fp16"
+    half = case in ("fp16", "halves")
     for a, b in zip(one, many, strict=True):
         for key in ("step", "num_updates", "lr", "loss_scale", "skipped", "num_rows", "num_targets", "row_ids"):
             assert a[key] == b[key], (key, a, b)
         if not a["skipped"]:
-            close = 2e-3 if half else NUMBERS
+            close = {"fp16": 2e-3, "halves": 1e-2}.get(case, NUMBERS)
             assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=close)
-    if half:
+    if case == "fp16":
         assert {line["skipped"] for line in one} == {True, False}
     readings = [lines_of(place / case, "heldout") for place in (alone, folder)]
     assert len(readings[0]) == len(readings[1]) > 1
@@ -133,6 +135,9 @@ def test_several_ranks_are_one_run(
     before, after = (torch.load(place / f"{case}.pt", weights_only=True) for place in (alone, folder))
     assert before.keys() == after.keys()
     for name, weight in before.items():
+        if case == "halves":  # in bf16 a gradient near zero may change its sign, and Adam takes a whole step then
+            assert (weight - after[name]).square().mean().sqrt() < 2e-3, name
+            continue
         assert torch.allclose(weight, after[name], rtol=0, atol=2e-3 if half else WEIGHTS), name
 
 

@@ -18,6 +18,7 @@ from graftlm.run import read_metrics
 from graftlm.training import best as best_module
 from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import stage as stage_module
+from graftlm.training.checkpoint import load_checkpoint
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model, restore_model, trainable_parameters
 from graftlm.training.trained import apply_stage
@@ -101,13 +102,17 @@ CASES = [
     pytest.param(trains, precision, id=f"{trains['kind']}-{precision}")
     for trains in (FULL, LORA, NEW_ROWS)
     for precision in ("fp32", "bf16", "fp16")
-]
+] + [pytest.param(FULL, "bf16 in halves", id="full-bf16-halves")]
 
 
 @pytest.mark.parametrize(("trains", "precision"), CASES)
 def test_interrupted_anywhere_is_the_same_run(stage_run, tmp_path, monkeypatch, trains, precision):
     """R1, R3: killed after each step and at each write of a checkpoint, weights and metrics end the same."""
-    stage = make_stage(trains, precision=precision, loss_scale=LOUD, epochs=4, checkpoint_every=3, heldout_every=2)
+    precision, _, halves = precision.partition(" ")
+    stage = make_stage(
+        trains, precision=precision, split_master=bool(halves), loss_scale=LOUD, epochs=4, checkpoint_every=3,
+        heldout_every=2,
+    )  # fmt: skip
     whole = stage_run(stage, "whole")
     expected = weights_sha256(finish(whole))
     lines = course_of(tmp_path / "whole")
@@ -357,3 +362,78 @@ def test_out_of_memory_is_told_and_less_memory_goes_on(stage_run, monkeypatch):
     smaller = stage.model_copy(update={"micro_batch_tokens": 12, "gradient_checkpointing": True})
     found = finish(stage_run(smaller)).state_dict()
     assert all(torch.allclose(whole[name], tensor, rtol=1e-3, atol=1e-5) for name, tensor in found.items())
+
+
+HALVES = make_stage(FULL, precision="bf16", split_master=True, epochs=4)
+WHOLE = HALVES.model_copy(update={"split_master": False})
+# A weight between two bfloat16s, about one in 65,536, is rounded the other way: of the losses of 12 steps, their rms of
+# updates and their norms.
+BY_HALVES = {"loss": 1e-3, "grad_norm": 1e-2, "update_rms": 1e-2}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_in_halves_train_as_whole_ones(stage_run, tmp_path, capsys, tied):
+    """Losses, norms and the flight recorder step by step; the result is float32 again, and holds its lower halves."""
+    whole, held = stage_run(WHOLE, "whole", tied=tied), stage_run(HALVES, "halves", tied=tied)
+    assert len(held.prepared.halves.low_of) == 2 * 7 + (0 if tied else 2)
+    models = finish(whole), finish(held)
+    assert "learning weights in halves" in capsys.readouterr().err
+    lines = [[line for line in course_of(tmp_path / name) if line["event"] == "step"] for name in ("whole", "halves")]
+    assert len(lines[0]) == 12
+    for expected, found in zip(*lines, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=BY_HALVES[key]), key
+        assert found["update_rms"] == pytest.approx(expected["update_rms"], rel=BY_HALVES["update_rms"])
+        assert found["update_rms"]["body"] > 0
+    states = [model.state_dict() for model in models]
+    assert {tensor.dtype for tensor in states[1].values()} == {torch.float32}
+    lowers = torch.cat([t.reshape(-1).view(torch.int32) & 0xFFFF for t in states[1].values()])
+    assert (lowers != 0).double().mean() > 0.9
+    for name, tensor in states[0].items():
+        assert (states[1][name] - tensor).square().mean().sqrt() <= 1e-2 * tensor.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize(("first", "then"), [(HALVES, WHOLE), (WHOLE, HALVES)], ids=["joined", "split"])
+def test_a_stage_may_go_on_with_its_weights_held_otherwise(stage_run, monkeypatch, first, then):
+    """Not a bit is lost where it goes over."""
+    run = stage_run(first)
+    record = run._record
+
+    def ask(step_record):
+        record(step_record)
+        if step_record.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "_record", ask)
+    with pytest.raises(Interrupted):
+        run.run()
+    left = weights_sha256(run.prepared.finished(load_checkpoint(run.checkpoints / "step-00000005").tensors["weights"]))
+    went_on = stage_run(then)
+    assert went_on.resume()
+    assert bool(went_on.prepared.halves.low_of) is then.split_master
+    moments = went_on.engine.moments()
+    for key, saved in load_checkpoint(went_on.checkpoints / "step-00000005").tensors["optimizer"].items():
+        assert torch.equal(moments[key], saved), key
+    went_on.prepared.halves.restore()
+    went_on.prepared.lean.restore()
+    assert weights_sha256(went_on.prepared._plain(went_on.model)) == left
+    finish(stage_run(then))
+
+
+def test_nothing_is_split_for_other_products_and_that_is_told(stage_run, monkeypatch, capsys):
+    """Precision `auto` on a machine without fast bf16; a stage begun in bf16 there goes on as it was begun."""
+    monkeypatch.setattr("graftlm.training.precision.fastest_precision", lambda device: "fp32")
+    auto = HALVES.model_copy(update={"precision": "auto"})
+    run = stage_run(auto, "fp32")
+    assert not run.prepared.halves.low_of
+    finish(run)
+    assert "learning weights whole: only those of products in bf16 are split" in capsys.readouterr().err
+    begun = stage_run(HALVES, "begun")
+    begun._save()
+    begun.saver.wait()
+    went_on = stage_run(auto, "begun")
+    assert not went_on.prepared.halves.low_of
+    assert went_on.resume()
+    assert went_on.precision.name == "bf16"
+    assert went_on.prepared.halves.low_of
+    finish(went_on)

@@ -58,7 +58,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
     """Of layers shared out, this rank's parts."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + own_part(tensor).numpy().tobytes())
+        digest.update(name.encode() + own_part(tensor).reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

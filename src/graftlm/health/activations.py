@@ -63,10 +63,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How it is computed: bytes of a computed number (4, or 2 under autocast), and whether on a CPU."""
+    """How it is computed: bytes of a computed number (4, or 2 under autocast), whether on a CPU, and whether matrices
+    that learn are held in halves (`model/halves.py`), so that nothing is rounded anew."""
 
     num_bytes: int
     is_cpu: bool
+    in_halves: bool = False
 
     @property
     def is_mixed(self) -> bool:
@@ -252,7 +254,7 @@ class _Ledger:
 
         Frozen ones are held in 16 bits (`model/frozen.py`), but under DoRA.
         """
-        if not self.compute.is_mixed:
+        if not self.compute.is_mixed or self.compute.in_halves:
             return 0
         learns = self.learns
         copied = (

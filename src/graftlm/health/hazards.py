@@ -13,7 +13,7 @@ from graftlm.health.activations import Learns
 from graftlm.health.devices import DEVICES, Device, precision_told
 from graftlm.health.finding import Finding
 from graftlm.health.memory import FROZEN, GIB
-from graftlm.health.plan import StagePlan, fits_at_all
+from graftlm.health.plan import StagePlan, StageWish, fits_at_all, fits_with
 from graftlm.health.sharding import Share
 from graftlm.model.frozen import FrozenBase
 from graftlm.recipe import Projection
@@ -34,6 +34,7 @@ def hazards_of(plans: list[StagePlan], device: Device, num_devices: int) -> list
         found += [
             *_memory(plan, device),
             *_precision(plan, device),
+            *_split_master(plan, device),
             *_fp8(plan, device),
             *_recomputing(plan),
             *_dropout(plan),
@@ -124,7 +125,8 @@ def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
     if plan.micro_batch_tokens is not None and plan.peak_bytes > device.memory_bytes:
         yield Finding(
             "does-not-fit", "warning", wish.place, None,
-            f"{name} as it is needs {needed}, at its {plan.moment}.", f"It fits with {' '.join(plan.changes)}",
+            f"{name} as it is needs {needed}, at its {plan.moment}.",
+            f"It fits with {' '.join(plan.changes)}{_or_in_halves(plan, device)}",
         )  # fmt: skip
     elif plan.micro_batch_tokens is None:
         held = sum(plan.items.get(name, 0) for name in ("weights fp32", *FROZEN.values())) / GIB
@@ -135,6 +137,21 @@ def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _in_halves(plan: StagePlan) -> StageWish | None:
+    """The stage with its learning weights held in halves, where that is another one."""
+    wish = plan.wish
+    can_be = wish.learns.kind == "full" and plan.precision == "bf16" and plan.share.is_whole and not wish.fp8
+    return replace(wish, split_master=True) if can_be and not wish.split_master else None
+
+
+def _or_in_halves(plan: StagePlan, device: Device) -> str:
+    wish, other = plan.wish, _in_halves(plan)
+    if other is None:
+        return ""
+    asked = wish.micro_batch_tokens, wish.gradient_checkpointing
+    return f", or {wish.place}.split_master=true" if fits_with(other, device, plan.precision, *asked) else ""
+
+
 def _elsewhere(plan: StagePlan, device: Device) -> str:
     """Where the stage would fit, from the table, and what would fit here."""
     wish = plan.wish
@@ -142,6 +159,9 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     told = [f"It fits one {', '.join(there)}." if there else "It fits no single device of the table."]
     if plan.sharded is not None and plan.sharded.micro_batch_tokens is not None:
         told.append(f"It fits {plan.sharded.num_devices} of these with ranks.shard=full (predicted).")
+    other = _in_halves(plan)
+    if other is not None and fits_at_all(other, device):
+        told.append(f"Here fits {wish.place}.split_master=true, which is the same training.")
     lighter = {
         trains: replace(wish, learns=learns)
         for trains, learns in _LESS.items()
@@ -178,6 +198,17 @@ def _precision(plan: StagePlan, device: Device) -> Iterator[Finding]:
             "no-bf16", "note", f"{wish.place}.precision", None,
             f"{device.title} has no bf16 in hardware: auto takes fp16, with a loss scale.",
             "Nothing to do; graftlm preflight tells the headroom first.",
+        )  # fmt: skip
+
+
+def _split_master(plan: StagePlan, device: Device) -> Iterator[Finding]:
+    wish = plan.wish
+    if wish.split_master and plan.precision != "bf16":
+        yield Finding(
+            "nothing-split", "note", f"{wish.place}.split_master", None,
+            f"{wish.name}: weights are split for products in bf16, and on {device.title} they are in {plan.precision}: "
+            "nothing is split.",
+            "Nothing to do; it is the same training.",
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from graftlm.health.activations import (
     kept_of_head,
     kept_once,
 )
+from graftlm.model.halves import BLOCK
 from graftlm.model.loss import block_rows, chunk_rows
 from graftlm.model.quantised import BYTES_A_NUMBER
 from graftlm.model.shapes import Shape
@@ -114,9 +115,11 @@ class StageSize:
 
     @property
     def wide_again_bytes(self) -> int:
-        """The largest matrix made wide for a product, where it is held in 8 or 4 bits."""
+        """The largest matrix made wide for a product: where it is held in 8 or 4 bits, or in halves for a product in
+        float32."""
         largest = max(inner * outer for inner, outer in self.shape.projections.values())
-        return largest * self.compute.num_bytes if self.is_quantised else 0
+        is_narrow = self.is_quantised or (self.compute.in_halves and not self.compute.is_mixed)
+        return largest * self.compute.num_bytes if is_narrow else 0
 
     @property
     def _narrow_of_layers(self) -> int:
@@ -160,11 +163,19 @@ def moments(size: StageSize) -> Iterator[Moment]:
     """Every moment that may be the worst."""
     yield from _look(size)
     yield from _pass(size)
-    yield Moment("optimizer's step", _held(size, size.gradient_bytes))
+    yield Moment("optimizer's step", _held(size, size.gradient_bytes) | _put_together(size))
     yield _heldout(size)
     if size.keeps_best and size.compute.is_cpu:
         best = WIDE * size.learning_parameters
         yield Moment("keeping the best weights", _held(size, size.gradient_bytes) | {"best weights read back": best})
+
+
+def _put_together(size: StageSize) -> dict[str, int]:
+    """A block of a weight that is held in halves."""
+    if not size.compute.in_halves:
+        return {}
+    largest = max(size.shape.num_rows * size.shape.hidden_size, *(i * o for i, o in size.shape.projections.values()))
+    return {"workspace": min(BLOCK["cpu" if size.compute.is_cpu else "cuda"], largest) * WIDE}
 
 
 def _held(size: StageSize, gradients: int, has_moments: bool = True) -> dict[str, int]:
@@ -248,7 +259,8 @@ def _loss_bytes(size: StageSize) -> int:
 
 def _head_bytes(size: StageSize) -> int:
     """The head's matrix in 16 bits, where it is not held so."""
-    is_copied = size.compute.is_mixed and not size.is_head_narrow
+    is_narrow = size.is_head_narrow or (size.compute.in_halves and not size.shape.is_tied)
+    is_copied = size.compute.is_mixed and not is_narrow
     return size.shape.num_rows * size.shape.hidden_size * size.compute.num_bytes if is_copied else 0
 
 
@@ -270,7 +282,7 @@ def _backward_workspace(size: StageSize, number: int) -> int:
     width = (2 if size.learns.needs_input("down_proj") else 3) * shape.intermediate_size * b
     stream = shape.hidden_size * WIDE
     in_transit = max(i * o for i, o in shape.projections.values()) * b if size.compute.is_mixed else 0
-    in_transit = in_transit if size.learns.kind == "full" else size.wide_again_bytes
+    in_transit = max(in_transit, size.wide_again_bytes) if size.learns.kind == "full" else size.wide_again_bytes
     return positions * (max(width, 5 * stream) + 2 * stream) + in_transit
 
 
@@ -285,7 +297,8 @@ def _forward_workspace(size: StageSize) -> int:
 def _heldout(size: StageSize) -> Moment:
     """A reading between steps: gradients and moments lie there, nothing is kept, autocast remembers its copies."""
     layers = size.shape.num_layers * size.shape.layer_matrices if size.learns.kind == "full" else 0
-    copies = (layers + size.adapter_parameters) * size.compute.num_bytes if size.compute.is_mixed else 0
+    is_copied = size.compute.is_mixed and not size.compute.in_halves
+    copies = (layers + size.adapter_parameters) * size.compute.num_bytes if is_copied else 0
     items = {
         "copies of weights in 16 bits": copies,
         "head and loss": _head_bytes(size) + _chunk_bytes(size),

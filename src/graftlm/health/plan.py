@@ -44,6 +44,7 @@ class StageWish:
     micro_batch_tokens: int
     gradient_checkpointing: bool
     keeps_best: bool
+    split_master: bool = False
     fp8: bool = False
 
     @property
@@ -131,7 +132,7 @@ def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_check
     return StageSize(
         shape=wish.shape,
         learns=wish.learns,
-        compute=Compute(4 if precision == "fp32" else 2, is_cpu),
+        compute=Compute(4 if precision == "fp32" else 2, is_cpu, wish.split_master and precision == "bf16"),
         num_new_rows=wish.num_new_rows,
         batch=batch,
         look=look,
@@ -200,7 +201,7 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
     """The most tokens that fit, by halving; a multiple of `STEP_OF_TOKENS`, at least the longest row's."""
 
     def fits(budget: int) -> bool:
-        return _fits(wish, device, precision, budget, is_checkpointing, share)
+        return fits_with(wish, device, precision, budget, is_checkpointing, share)
 
     low = -(-wish.rows.longest // STEP_OF_TOKENS)
     whole = -(-wish.whole_step_tokens // STEP_OF_TOKENS)
@@ -214,9 +215,10 @@ def _largest(wish: StageWish, device: Device, precision: str, is_checkpointing: 
     return max(low * STEP_OF_TOKENS, wish.micro_batch_tokens if low >= whole else 0)
 
 
-def _fits(
+def fits_with(
     wish: StageWish, device: Device, precision: str, budget: int, is_checkpointing: bool, share: Share = WHOLE
 ) -> bool:
+    """Whether a device holds the stage with micro-batches of `budget` tokens."""
     size = size_of(wish, precision, device.is_cpu, budget, is_checkpointing)
     return with_overhead(peak_of(size, share), device) <= device.memory_bytes
 
@@ -224,7 +226,7 @@ def _fits(
 def fits_at_all(wish: StageWish, device: Device) -> bool:
     """Whether one row of the longest fits a device, activations kept or computed again."""
     precision, _ = precision_told(device, wish.precision)
-    return any(_fits(wish, device, precision, wish.rows.longest, again) for again in (True, False))
+    return any(fits_with(wish, device, precision, wish.rows.longest, again) for again in (True, False))
 
 
 def _hours(wish: StageWish, device: Device, precision: str, budget: int | None, is_checkpointing: bool) -> Hours:

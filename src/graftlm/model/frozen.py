@@ -1,9 +1,9 @@
 """Frozen matrices held in the dtype they are multiplied in: half the memory of a frozen base, and no cast in each pass.
 
-Owns the linear layers that stand in for frozen ones while a stage trains. Under autocast a float32 weight is rounded
-to 16 bits before each product; rounded once, every product is the same to the bit. A pass without autocast (the doctor
-takes some) multiplies the rounded weight in the input's own dtype. On demand the body's are held in 8 or 4 bits instead
-(`quantised.py`), which is lossy. Does not know why a layer is frozen.
+Owns the linear layers over 16-bit weights that stand in for frozen ones while a stage trains. Under autocast a float32
+weight is rounded to 16 bits before each product; rounded once, every product is the same to the bit. A pass without
+autocast (the doctor takes some) multiplies the rounded weight in the input's own dtype. On demand the body's are held
+in 8 or 4 bits instead (`quantised.py`), which is lossy. Does not know why a layer is frozen.
 """
 
 from __future__ import annotations
@@ -55,22 +55,24 @@ def hold_frozen_as(model: nn.Module, dtype: torch.dtype, base: FrozenBase = "exa
         found = [(parent, name, layer) for parent, name, layer in found if base != "exact" and layer is not head]
     for parent, name, layer in found:
         if base == "exact" or layer is head:
-            setattr(parent, name, _HeldLinear(layer, dtype))
+            weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+            bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+            setattr(parent, name, NarrowLinear(weight, bias))
         else:
             setattr(parent, name, QuantisedLinear(layer, base))
     return HeldLayers(tuple(found))
 
 
-class _HeldLinear(nn.Linear):
-    """A frozen linear layer with its weight in 16 bits."""
+class NarrowLinear(nn.Linear):
+    """A linear layer over a weight in 16 bits, frozen or learning."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = weight, bias
 
     def forward(self, input: Tensor) -> Tensor:
+        """Of (..., in_features), (..., out_features): 16 bits under autocast to them, else the input's own dtype."""
         kind = input.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.weight.dtype:
             return linear(input, self.weight, self.bias)
@@ -82,10 +84,12 @@ class _WideProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return grad_outputs[0] @ weight.to(grad_outputs[0].dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (input, weight), (grad,) = ctx.saved_tensors, grad_outputs
+        flat = grad.flatten(0, -2)
+        grad_weight = None if input is None else flat.T @ input.flatten(0, -2)
+        return grad @ weight.to(grad.dtype), grad_weight, flat.sum(0) if ctx.needs_input_grad[2] else None

@@ -76,7 +76,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_weight is not None and not len(hidden):
             grad_weight.zero_()
         ctx.expected = expected
-        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        ctx.hidden_dtype = hidden_NH.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -84,12 +84,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = (grad_outputs[0] / ctx.expected).item()
-        hidden_dtype, weight_dtype = ctx.dtypes
         if factor != 1.0:
             grad_hidden = None if grad_hidden is None else grad_hidden * factor
             grad_weight = None if grad_weight is None else grad_weight * factor
-        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_dtype)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype)
+        # Not in the weights' dtype: one held in 16 bits may have a gradient in 32 (`model/halves.py`). Autograd knows.
         parts = (None if rows is None or grad_weight is None else grad_weight[rows] for rows in ctx.rows_of)
         return (grad_hidden, None, None, None, *parts)
 

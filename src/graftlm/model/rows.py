@@ -131,7 +131,7 @@ def touch_only_rows_read(model: nn.Module, is_on: bool) -> None:
     embedding.sparse = is_on and parametrize.is_parametrized(embedding, "weight")
 
 
-def head_rows(model: nn.Module) -> tuple[Tensor, ...]:
+def head_rows(model: nn.Module) -> tuple[Parameter, ...]:
     """The output head's matrix in its parts, one above the other: one where its rows are not split."""
     head = vocabulary_modules(model)[1]
     if not parametrize.is_parametrized(head, "weight"):

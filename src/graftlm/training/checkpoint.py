@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftlm.errors import DiskError, UserError
+from graftlm.model.halves import joined_by_name
 from graftlm.model.weights import system_errors
 from graftlm.run import disk_errors, read_json, say
 from graftlm.training.part_files import PREFIX, read_parts
@@ -57,7 +58,7 @@ class Stored:
     def tensors(self, group: str) -> dict[str, torch.Tensor]:
         """The tensors of one of its groups, whole."""
         if not self.is_in_parts:
-            return load_file(self.folder / f"{group}.safetensors")
+            return joined_by_name(load_file(self.folder / f"{group}.safetensors"))
         return read_parts(self.folder, group, lambda _, whole: torch.empty_like(whole, device="cpu"))
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from graftlm.recipe import Stage
 from graftlm.training.loop import take_passes
@@ -25,9 +27,9 @@ from graftlm.training.zero import ZeroEngine
 class PlainEngine:
     """torch's own backward pass and AdamW over what this rank holds."""
 
-    def __init__(self, model: Any, stage: Stage, ranks: Ranks) -> None:
-        self.parts: Parts = parts_of(model, ranks)
-        self.optimizer: torch.optim.Optimizer = make_optimizer(self.parts.roles, stage)
+    def __init__(self, model: Any, stage: Stage, ranks: Ranks, low_of: Mapping[Parameter, Tensor]) -> None:
+        self.parts: Parts = parts_of(model, ranks, low_of)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(self.parts.roles, stage, low_of)
         self.take_passes = take_passes
 
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
@@ -40,10 +42,15 @@ class PlainEngine:
 
     def put_back(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Go on from saved weights and moments, as this rank holds them. Raises UserError where they do not fit."""
-        copy_weights(self.parts.by_name, weights)
+        copy_weights(self.parts.by_name, weights, self.parts.low_of)
         restore_optimizer(self.optimizer, self.parts.by_name, moments)
 
 
-def make_engine(model: Any, stage: Stage, ranks: Ranks) -> PlainEngine | ZeroEngine:
-    """The engine the ranks were told to train a prepared model with. All must call it together. Raises RankLost."""
-    return ZeroEngine(model, stage, ranks) if ranks.zero_stage else PlainEngine(model, stage, ranks)
+def make_engine(
+    model: Any, stage: Stage, ranks: Ranks, low_of: Mapping[Parameter, Tensor] = MappingProxyType({})
+) -> PlainEngine | ZeroEngine:
+    """The engine the ranks were told to train a prepared model with; `low_of`: lower halves of weights held in halves.
+
+    All must call it together. Raises RankLost.
+    """
+    return ZeroEngine(model, stage, ranks) if ranks.zero_stage else PlainEngine(model, stage, ranks, low_of)

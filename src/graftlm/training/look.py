@@ -147,7 +147,8 @@ def _numbers(named: Sequence[tuple[str, Parameter]], is_unseen: set[int], peak_l
     has_any = any(one.has_gradient for one in seen.values())
     return RoleNumbers(
         num_tensors=len(learning),
-        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for _, p in learning})),
+        # Of a weight held in halves the gradient tells, not the half that is its parameter.
+        dtypes=tuple(sorted({str(p.grad_dtype).removeprefix("torch.") for _, p in learning})),
         peak_lr=peak_lr,
         weight_rms=math.sqrt(sum(one.squares for one in seen.values()) / max(sum(p.numel() for _, p in learning), 1)),
         largest_gradient=max((one.largest for one in seen.values() if one.has_gradient), default=0.0),

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch.nn import Parameter
 
 from graftlm.recipe import Stage
+from graftlm.training.halves_adamw import HalvesAdamW
 
 
-def make_optimizer(roles: dict[str, list[Parameter]], stage: Stage) -> torch.optim.AdamW:
+def make_optimizer(
+    roles: dict[str, list[Parameter]], stage: Stage, low_of: Mapping[Parameter, torch.Tensor] = MappingProxyType({})
+) -> torch.optim.Optimizer:
     """AdamW over the roles' parameters, each with its own peak rate and decay; vectors (norms) never decay.
+
+    `low_of`: the lower halves of those held in halves.
 
     Source: decoupled weight decay, arXiv 1711.05101.
     """
@@ -31,6 +37,8 @@ def make_optimizer(roles: dict[str, list[Parameter]], stage: Stage) -> torch.opt
                 weight_decay = decay if decays else 0.0
                 rates = {"role": role, "asked_lr": peak_lr, "peak_lr": peak_lr, "lr": peak_lr}
                 groups.append({"params": members, "weight_decay": weight_decay, **rates})
+    if stage.split_master:
+        return HalvesAdamW(groups, stage.betas, stage.eps, low_of)
     return torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=True)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from graftlm.device import gradient_norms
+from graftlm.model.halves import LOW
 from graftlm.model.sharded import as_cut, is_shared_out, on_host, own_part, part_of, whole_of
 from graftlm.training.ranks import Ranks
 from graftlm.training.trainable import learning_roles, trainable_parameters
@@ -26,13 +28,21 @@ from graftlm.training.trainable import learning_roles, trainable_parameters
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What learns, by name and by role, as this rank holds it; `shared_out` are those of them that the model holds in
-    parts, as it holds them. `host_mesh`: over whom they are, for tensors on the CPU."""
+    parts, as it holds them. `host_mesh`: over whom they are, for tensors on the CPU. `low_of`: the lower half of each
+    that is held in halves."""
 
     by_name: dict[str, Parameter]
     roles: dict[str, list[Parameter]]
     shared_out: dict[str, Parameter]
     ranks: Ranks
     host_mesh: DeviceMesh | None = None
+    low_of: Mapping[Parameter, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is saved of the weights, where it lies; of one held in halves each by itself."""
+        lows = {name + LOW: self.low_of[p] for name, p in self.by_name.items() if p in self.low_of}
+        return {**self.by_name, **lows}
 
     @property
     def lying_whole(self) -> list[Parameter]:
@@ -123,7 +133,7 @@ class Parts:
 
     def refuse_different(self, what: str) -> None:
         """Stop where ranks hold other bits of what they should hold alike. Raises RuntimeError, RankLost."""
-        self.ranks.refuse_different(self.lying_whole, what)
+        self.ranks.refuse_different([*self.lying_whole, *self.low_of.values()], what)
         self.ranks.refuse_different([self.by_name[name] for name in self.shared_out], what, self.ranks.num_parts)
 
     def _like(self, key: str, tensor: Tensor) -> Parameter | None:
@@ -131,14 +141,14 @@ class Parts:
         return self.shared_out.get(key.partition("|")[0]) if tensor.ndim else None
 
 
-def parts_of(model: Any, ranks: Ranks) -> Parts:
-    """What this rank holds of a model prepared to learn, its layers shared out or not."""
+def parts_of(model: Any, ranks: Ranks, low_of: Mapping[Parameter, Tensor] = MappingProxyType({})) -> Parts:
+    """What this rank holds of a model prepared to learn, its layers shared out or not; `low_of` as `Parts` has it."""
     learning = trainable_parameters(model)
     shared_out = {name: p for name, p in learning.items() if is_shared_out(p)}
     by_name = {name: Parameter(own_part(p)) if name in shared_out else p for name, p in learning.items()}
     names = {id(p): name for name, p in learning.items()}
     roles = {role: [by_name[names[id(p)]] for p in members] for role, members in learning_roles(model).items()}
-    return Parts(by_name, roles, shared_out, ranks, None if ranks.mesh is None else on_host(ranks.mesh))
+    return Parts(by_name, roles, shared_out, ranks, None if ranks.mesh is None else on_host(ranks.mesh), low_of)
 
 
 def num_held_bytes(tensors: Iterable[Tensor]) -> int:

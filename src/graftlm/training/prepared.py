@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from graftlm.model.causal import body_of, recompute_activations
 from graftlm.model.fp8 import hold_in_fp8
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
+from graftlm.model.halves import Halves
 from graftlm.model.lean import LeanModules, make_lean
 from graftlm.model.packed import attend_packed, attend_plain
 from graftlm.model.pointwise import AS_WRITTEN, compiled
@@ -63,7 +64,8 @@ class Prepared:
     """A model ready to learn.
 
     Others stand for `lean`, its norms, attention and MLPs, and for `held`, its frozen layers, and those in FP8, in
-    products of `held_for`. `whole` is what rank 0 makes the finished model of where layers are shared out.
+    products of `held_for`. `halves` are its learning weights held in two. `whole` is what rank 0 makes the finished
+    model of where layers are shared out.
     """
 
     model: Any
@@ -71,6 +73,7 @@ class Prepared:
     first_new_id: int | None
     lean: LeanModules
     held: HeldLayers
+    halves: Halves
     held_for: torch.dtype
     whole: WholeModel | None
     is_shared_out: bool
@@ -78,15 +81,20 @@ class Prepared:
     def hold_for(self, dtype: torch.dtype, device: torch.device) -> None:
         """Hold what does not learn as products in `dtype` want it. Of what learns in common it is held so already."""
         if dtype != self.held_for:
+            self.halves.restore()
             self.held.restore()
             self.held = _hold(self.model, self.stage, dtype, device)
             self.held_for = dtype
             self.model.to(device)
+            _split(self.halves, self.model, self.stage, dtype)
 
     def in_words(self) -> str:
         """How it computes, where that is not as it comes: to follow what is said of a stage."""
         compiled = ", norms, gates and rotations compiled" if self.stage.compile else ""
-        return compiled + (", linear layers in FP8, lossy" if self.stage.fp8 else "")
+        halves = ", learning weights in halves" if self.halves.low_of else ""
+        if self.stage.split_master and not halves:
+            halves = ", learning weights whole: only those of products in bf16 are split"
+        return compiled + halves + (", linear layers in FP8, lossy" if self.stage.fp8 else "")
 
     def finished(self, learned: Mapping[str, Tensor]) -> Any:
         """The plain model with these weights, in float32 on the CPU; where layers are shared out, rank 0's to ask for.
@@ -96,6 +104,7 @@ class Prepared:
         if self.is_shared_out:
             assert self.whole is not None, "the finished model is rank 0's"
             return self._plain(self.whole.with_weights(learned))
+        self.halves.restore()
         self.held.restore()
         model = self.model.cpu()
         copy_weights(trainable_parameters(model), learned)
@@ -105,6 +114,7 @@ class Prepared:
 
     def untrained(self) -> Any:
         """The plain model as it was found, of one that was only looked at."""
+        self.halves.restore()
         self.held.restore()
         self.lean.restore()
         return self._plain(self.model)
@@ -127,7 +137,8 @@ def prepared(
     # DeepSpeed cuts weights of one dtype only.
     held = HeldLayers(()) if ranks.zero_stage == 3 else _hold(model, stage, dtype, device)
     model.to(device)
-    lay_rows_together(model)
+    halves = Halves()
+    _split(halves, model, stage, dtype)
     touch_only_rows_read(model, device.type == "cpu" and not ranks.pass_together)
     attend_packed(body_of(model))
     if stage.gradient_checkpointing:
@@ -136,7 +147,14 @@ def prepared(
         with ranks.passes_answered():
             shard_layers(model, ranks.mesh)
         held = HeldLayers(())  # what they stood for is kept whole by rank 0, or not needed
-    return Prepared(model, stage, first_new_id, lean, held, dtype, whole, is_shared_out)
+    return Prepared(model, stage, first_new_id, lean, held, halves, dtype, whole, is_shared_out)
+
+
+def _split(halves: Halves, model: Any, stage: Stage, dtype: torch.dtype) -> None:
+    """Hold learning weights in halves where the stage says so and products are of the upper half's dtype."""
+    if stage.split_master and dtype == torch.bfloat16:
+        halves.split(model)
+    lay_rows_together(model)
 
 
 def _hold(model: Any, stage: Stage, dtype: torch.dtype, device: torch.device) -> HeldLayers:

@@ -122,7 +122,7 @@ class Ranks:
         has_any = self.total(*(float(p.grad is not None) for p in parameters))
         for parameter, count in zip(parameters, has_any, strict=True):
             if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
@@ -221,7 +221,7 @@ class Ranks:
         """
         if self.count == num_parts:
             return
-        own = [int(t.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64)) for t in tensors]
+        own = [_sum_of_bits(t) for t in tensors]
         told = self.gather(own)
         differing = [rank for rank, theirs in enumerate(told) if theirs != told[rank % num_parts]]
         if differing:
@@ -377,6 +377,11 @@ def error_of(told: Mapping[str, Any], before: str = "") -> UserError:
 def _is_of_wire(error: RuntimeError) -> bool:
     """Whether a collective inside a pass broke off: torch gives such errors a kind of their own only in part."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    bits = tensor.detach().reshape(-1).view({2: torch.int16}.get(tensor.itemsize, torch.int32))
+    return int(bits.sum(dtype=torch.int64))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn import Parameter
+
+from graftlm.model.halves import joined_halves
 
 SAMPLED = 1024  # of a tensor: its rms is then known to 2 %
 
@@ -20,25 +23,33 @@ class Recorder:
     """Evenly spaced entries of every tensor that learns, at most `SAMPLED` of each, or of each rank's part of it.
 
     `mean` is a power mean over the ranks that hold parts: of one's value, its number of entries, and the power.
+    `low_of` are the lower halves of weights held in halves.
     """
 
     def __init__(
         self,
         roles: Mapping[str, Sequence[Parameter]],
         mean: Callable[[float, int, int], float] = lambda value, count, power: value,
+        low_of: Mapping[Parameter, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        self._mean = mean
+        self._mean, self._low_of = mean, low_of
         self._parameters = {role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()}
-        self._weights = {role: [_sample(p) for p in found] for role, found in self._parameters.items()}
-        self._before = {role: [view.clone() for view in views] for role, views in self._weights.items()}
+        self._before = {role: [view.clone() for view in self._weights(role)] for role in self._parameters}
+
+    def _weights(self, role: str) -> list[torch.Tensor]:
+        """The sample of a role's weights as they are now: views, or of those in halves what both make."""
+        return [
+            joined_halves(_sample(p), _sample(self._low_of[p])) if p in self._low_of else _sample(p)
+            for p in self._parameters[role]
+        ]
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
         """By role, of the sample: rms of the update since the last reading and of the weights, and the share of
         gradient entries that are exactly zero (body and adapter: rows that no token names are zero by right)."""
         update, weight, zero = {}, {}, {}
-        for role, views in self._weights.items():
-            before = self._before[role]
+        for role, before in self._before.items():
+            views = self._weights(role)
             count = sum(view.numel() for view in views)
             if views:
                 torch._foreach_sub_(before, views)

@@ -57,6 +57,7 @@ def wish_of(stage: Stage, place: str, shape: Shape, num_new_rows: int, rows: Row
         micro_batch_tokens=stage.micro_batch_tokens,
         gradient_checkpointing=stage.gradient_checkpointing,
         keeps_best=stage.keep == "best",
+        split_master=stage.split_master,
         fp8=stage.fp8,
     )
 

@@ -115,7 +115,7 @@ class StageRun:
         self.model = self.prepared.model
         self.attention = attention_in_words(body_of(self.model), device, self.precision.compute_dtype)
         self.num_learning = sum(p.numel() for p in trainable_parameters(self.model).values())
-        self.engine = make_engine(self.model, stage, ranks)
+        self.engine = make_engine(self.model, stage, ranks, self.prepared.halves.low_of)
         self.parts, self.optimizer = self.engine.parts, self.engine.optimizer
         self.steps = Steps(
             rows,
@@ -136,7 +136,7 @@ class StageRun:
             self.metrics, self.parts, folder, lambda num_savers: saves_beside and holds_copy(*in_hand, num_savers)
         )
         self.watch = HeldoutWatch(stage, heldout, num_steps, folder, self.metrics, self.saver, ranks)
-        self.recorder = Recorder(self.parts.recorded, self.parts.mean)
+        self.recorder = Recorder(self.parts.recorded, self.parts.mean, self.prepared.halves.low_of)
         self.recovery = Recovery(stage, self.metrics, self._take_again, self._blame, self._keep_batch)
         self.checkpoint_every = stage.checkpoint_every or max(1, math.ceil(num_steps / CHECKPOINTS_BY_DEFAULT))
         self.stop = StopAsked()
@@ -332,7 +332,7 @@ class StageRun:
         }
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return self.saver.taken(self.parts, self.parts.by_name)
+        return self.saver.taken(self.parts, self.parts.weights)
 
     def _from_first(self, find: Callable[[], Stored | None]) -> Checkpoint | None:
         return checkpoint_from_first(self.parts, find, isinstance(self.saver, PartSaver))
@@ -385,7 +385,7 @@ class StageRun:
         self.parts.refuse_different("The trained weights")
         self.saver.wait()
         kept = self.watch.best() if self.ranks.is_first else None
-        last = self.parts.wholes(self.parts.by_name) if self.ranks.from_first(lambda: kept is None) else {}
+        last = self.parts.wholes(self.parts.weights) if self.ranks.from_first(lambda: kept is None) else {}
         if not self.ranks.is_first:
             return
         if kept is not None and kept.values["step"] == 0:

@@ -7,12 +7,14 @@ stage prepares its model here, and restores it here from the weights it kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch.nn import Parameter
 
 from graftlm.errors import UserError
+from graftlm.model.halves import split_from
 from graftlm.model.lora import attach_lora, merge_lora
 from graftlm.model.rows import Role, join_rows, parameter_groups_by_role, split_rows
 from graftlm.recipe import Full, Lora, NewRows
@@ -78,8 +80,15 @@ def learning_roles(model: Any) -> dict[str, list[Parameter]]:
     return {role: [p for _, p in named if p.requires_grad] for role, named in roles.items()}
 
 
-def copy_weights(parameters: Mapping[str, Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put saved weights into what learns. Raises UserError where names or shapes differ."""
+def copy_weights(
+    parameters: Mapping[str, Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    low_of: Mapping[Parameter, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Put saved weights into what learns, and into the lower halves of those held in halves.
+
+    Raises UserError where names or shapes differ.
+    """
     different = sorted(parameters.keys() ^ tensors.keys())
     if different:
         raise UserError(
@@ -93,4 +102,7 @@ def copy_weights(parameters: Mapping[str, Parameter], tensors: Mapping[str, torc
                     f"The saved {name} has shape {list(tensors[name].shape)}, this model's {list(parameter.shape)}.",
                     "Delete the stage's folder and run the recipe again.",
                 )
-            parameter.copy_(tensors[name])
+            if parameter in low_of:
+                split_from(tensors[name].to(parameter.device, torch.float32, copy=True), parameter, low_of[parameter])
+            else:
+                parameter.copy_(tensors[name])

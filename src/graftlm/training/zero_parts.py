@@ -66,6 +66,11 @@ class ZeroParts:
         self._shapes = shapes
 
     @property
+    def weights(self) -> dict[str, Parameter]:
+        """What is saved of the weights, as `wholes` takes it."""
+        return self.by_name
+
+    @property
     def lying_whole(self) -> list[Parameter]:
         """Those that every rank holds all of."""
         return list(self.by_name.values()) if self.are_whole else []
