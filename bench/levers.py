@@ -1,19 +1,22 @@
-"""Every lever of our trainer alone: the same steps with it off, between two runs with all of them on.
+"""Every lever of our trainer alone: the same steps with it off and with all of them on, in turn.
 
     python bench/levers.py [--size 57m] [--precision fp32] [--trains full] [--levers WORD ...] [--steps 5] [--quick]
                            [--out bench/results/DATE-cpu-levers.json]
 
-A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code;
-each run is a process of its own. All losses must agree with those of the run with everything on, but for those of
-dropout, which is drawn anew. The head has no switch: `head` times it alone, on as many hidden states, against full
-logits and torch's own cross-entropy.
+A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code.
+Both are processes of their own that take their steps one after the other, so that what else the machine does is alike
+for both: whole runs differ by more than most levers are worth. All losses must agree, but for those of dropout, which is
+drawn anew. The head has no switch: `head` times it alone, on as many hidden states, against full logits and torch's own
+cross-entropy.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +26,12 @@ from typing import Any
 
 import torch
 from arms import BATCH_ROWS, OURS, Arm
-from cpu import commit, machine, run_script
+from cpu import commit, environment, machine
 from judging import figures, loss_deviation
 from workload import ROOT, SIZES, TARGETS, Workload, job_of, make_workload
 
 from graftlm.device import DTYPES
+from graftlm.malloc import AS_SET
 from graftlm.model.adapted import AdaptedLinear
 from graftlm.model.loss import linear_cross_entropy_sum
 from graftlm.model.rows import touch_only_rows_read
@@ -35,7 +39,7 @@ from graftlm.training.batches import NO_SPARING, Batch, Sparing, Steps, row_batc
 from graftlm.training.stage import StageRun
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from measure import Result, run  # pyright: ignore[reportMissingImports]
+from measure import READY, Result, run  # pyright: ignore[reportMissingImports]
 from ours_arm import Adjust, train  # pyright: ignore[reportMissingImports]
 
 
@@ -102,9 +106,11 @@ LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "micro-batches of 1024 tokens": ({"micro_batch_tokens": 1024}, None),
     "gradient checkpointing": ({"gradient_checkpointing": True}, None),
     "compile": ({"compile": True}, None),
+    "split master": ({"split_master": True}, None),
     "no recovery": ({"recovery": "off"}, None),
     "the other precision": ({"precision": "other"}, None),
     "small micro-batches": ({"micro_batch_tokens": 512}, None),
+    "small micro-batches, split master": ({"micro_batch_tokens": 512, "split_master": True}, None),
     "small micro-batches, the embedding's gradient whole": ({"micro_batch_tokens": 512}, _whole_embedding),
 }
 DROPPING = {"trains": {"kind": "lora", "rank": 64, "alpha": 32, "rows": "none", "targets": TARGETS, "dropout": 0.05}}
@@ -124,38 +130,87 @@ def lever_run(job: dict[str, Any], result: Result) -> None:
 def measure(
     levers: list[str], workload: Workload, folder: Path, trains: str, precision: str, num_steps: int, warm_up: int
 ) -> dict[str, Any]:
-    """Each lever off between two runs with all on: how many times longer a step takes without it, and its memory."""
+    """Each lever off, in turn with all on: how many times longer a step takes without it, and its memory.
 
-    def one(name: str) -> dict[str, Any]:
+    Ratios are medians over pairs of the same step.
+    """
+
+    def job(name: str, place: int) -> dict[str, Any]:
         settings = dict(ALL_LEVERS[name][0]) if name in ALL_LEVERS else {}
         if settings.get("precision") == "other":
             settings["precision"] = "bf16" if precision == "fp32" else "fp32"
-        job = {**job_of(workload, Arm(name, OURS, settings), trains, precision, num_steps, 1), "check": False}
-        record = run_script(Path(sys.executable), Path(__file__), job, folder)
-        if "error" in record:
-            raise SystemExit(f"{name}: {record['error']}")
-        record["figures"] = figures(record, workload.num_tokens, BATCH_ROWS, warm_up)
-        return record
+        asked = job_of(workload, Arm(name, OURS, settings), trains, precision, num_steps, 1)
+        work = folder / f"{len(found)}-{place}"
+        return {**asked, "check": False, "in_turns": True, "work": str(work), "out": str(work / "result.json")}
 
     found: dict[str, Any] = {}
-    before = reference = one(OURS)
     for name in levers:
-        off, after = one(name), one(OURS)
-        on = statistics.mean(record["figures"]["step_seconds"] for record in (before, after))
-        on_cpu = statistics.mean(record["figures"]["step_cpu_seconds"] for record in (before, after))
+        on, off = step_by_step([job(OURS, 0), job(name, 1)])
+        for record in (on, off):
+            record["figures"] = figures(record, workload.num_tokens, BATCH_ROWS, warm_up)
         found[name] = {
-            "times_longer": off["figures"]["step_seconds"] / on,
-            "times_longer_cpu": off["figures"]["step_cpu_seconds"] / on_cpu,
+            "times_longer": _median_ratio(off["step_seconds"][warm_up:], on["step_seconds"][warm_up:]),
+            "times_longer_cpu": _median_ratio(off["step_cpu_seconds"][warm_up:], on["step_cpu_seconds"][warm_up:]),
+            "ratios_of_steps": [a / b for a, b in zip(off["step_seconds"], on["step_seconds"], strict=True)],
             "memory_ratio_above_start": off["figures"]["memory_above_start_gib"]
-            / after["figures"]["memory_above_start_gib"],
-            "loss_deviation": loss_deviation(off, reference), "on": after["figures"], "off": off["figures"],
+            / on["figures"]["memory_above_start_gib"],
+            "loss_deviation": loss_deviation(off, on), "on": on["figures"], "off": off["figures"],
         }  # fmt: skip
         told = found[name]
         print(f"{name:34}{told['times_longer']:6.2f}x the time{told['times_longer_cpu']:6.2f}x the processor time"
               f"{told['memory_ratio_above_start']:6.2f}x the memory, losses within {told['loss_deviation']:.0e}",
               flush=True)  # fmt: skip
-        before = after
     return found
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def step_by_step(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the processes of these jobs record that take their steps in turn, each of them first as often as last."""
+    processes = []
+    for job in jobs:
+        work = Path(job["work"])
+        work.mkdir()
+        (work / "job.json").write_text(json.dumps(job))
+        processes.append(subprocess.Popen(
+            [sys.executable, __file__, str(work / "job.json")], env=environment(job["threads"]) | AS_SET, cwd=work,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(work / "stderr").open("w"), text=True,
+        ))  # fmt: skip
+    try:
+        for process in processes:
+            _until_ready(process)
+        for step in range(jobs[0]["num_steps"]):
+            for process in processes if step % 2 else reversed(processes):
+                _take_turn(process)
+        for process in processes:
+            process.communicate()
+    finally:
+        for process in processes:
+            process.kill()
+    found = []
+    for job in jobs:
+        if not Path(job["out"]).is_file():
+            told = (Path(job["work"]) / "stderr").read_text().strip().splitlines() or ["it told nothing"]
+            raise SystemExit(f"{job['arm']}: {told[-1]}")
+        found.append(json.loads(Path(job["out"]).read_text()))
+    return found
+
+
+def _take_turn(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # what it died of is told when all have ended
+        process.stdin.write("\n")
+        process.stdin.flush()
+    _until_ready(process)
+
+
+def _until_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == READY:
+            return
 
 
 def head(size: str, num_tokens: int, num_targets: int, precision: str, rounds: int) -> dict[str, float]:

@@ -192,7 +192,7 @@ def test_what_cannot_be_planned_is_told_in_two_lines(run: Run, arguments: list[s
 
 
 def test_halves_are_for_full_training_in_bf16_on_ranks_that_hold_all(run: Run) -> None:
-    code, out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", "stages.full.precision=bf16")
+    code, _out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", "stages.full.precision=bf16")
     assert code == 0, err
     for asked, why in (
         (("stages.full.precision=fp16",), "needs precision bf16, and here that is fp16: take bf16"),
@@ -202,11 +202,11 @@ def test_halves_are_for_full_training_in_bf16_on_ranks_that_hold_all(run: Run) -
             "ranks that hold all, not for ranks.shard full: take none",
         ),
     ):
-        code, out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", *asked)
+        code, _out, err = run(CARD, "--on", "h200", "stages.full.split_master=true", *asked)
         assert code == 2
         assert "split_master: " in err
         assert why in err
-    code, out, err = run(CARD, "--on", "h200", "stages.lora.split_master=true")
+    code, _out, err = run(CARD, "--on", "h200", "stages.lora.split_master=true")
     assert code == 2
     assert "it is for full training, and this stage trains lora: take false" in err
 

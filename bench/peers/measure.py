@@ -11,10 +11,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+Moment = tuple[float, float]  # by the clock, and in this process's own processor time
+READY = "ready for a step"  # what a process that takes turns with others tells them
 IGNORED = -100  # torch's own mark of a position without a label
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl", "llamafactory", "numpy")
 
@@ -50,24 +51,37 @@ def read_rows(path: str | Path) -> list[dict[str, list[int]]]:
     ]
 
 
+def _now() -> Moment:
+    return time.perf_counter(), time.process_time()
+
+
 class Result:
     """What an arm found, gathered while it trains."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         self.start_memory_bytes = memory_bytes("VmRSS")  # libraries are loaded, no weight is
-        self.ends: list[tuple[float, float]] = []  # by the clock, and in this process's own processor time
+        self.steps: list[tuple[Moment, Moment]] = []  # beginning and end of each
+        self._began: Moment = (0.0, 0.0)
         self.losses: list[float] = []
         self.facts: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Training begins: the first step's time counts from here."""
-        self.ends = [(time.perf_counter(), time.process_time())]
+        self._began = self._turn()
 
     def end_step(self) -> None:
         """A step's weights have moved."""
-        self.ends.append((time.perf_counter(), time.process_time()))
+        self.steps.append((self._began, _now()))
         self.see_memory()
+        self._began = self._turn()
+
+    def _turn(self) -> Moment:
+        """Now; or, where processes take turns, when this one is told to go on."""
+        if self.job.get("in_turns"):
+            print(READY, flush=True)
+            sys.stdin.readline()
+        return _now()
 
     def see_memory(self) -> None:
         """Remember the most memory held so far, should the arm forget it itself."""
@@ -77,8 +91,8 @@ class Result:
         """All of it, as `judging` reads it."""
         return {
             "arm": self.job["arm"], "settings": self.job["settings"],
-            "step_seconds": [after[0] - before[0] for before, after in pairwise(self.ends)],
-            "step_cpu_seconds": [after[1] - before[1] for before, after in pairwise(self.ends)], "losses": self.losses,
+            "step_seconds": [after[0] - before[0] for before, after in self.steps],
+            "step_cpu_seconds": [after[1] - before[1] for before, after in self.steps], "losses": self.losses,
             "start_memory_bytes": self.start_memory_bytes, "versions": versions(), **self.facts,
         }  # fmt: skip
 
