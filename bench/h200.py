@@ -117,10 +117,11 @@ def told(record: dict[str, Any], trains: str, size: str, facts: RowFacts, ceilin
     )  # fmt: skip
     kind = "full" if trains == "full" else "lora"
     learns = Learns(kind, "all", 0 if kind == "full" else 64, () if kind == "full" else TARGETS)
-    flops = flops_per_token(known, learns, facts, is_exact=record["arm"] == OURS)
+    flops = flops_per_token(known, learns, facts, shares_prefix=True)
+    executed = flops.executed if record["arm"] == OURS else flops.plain
     return {
-        **record["figures"], "executed_gflop_a_row_token": flops.executed / 1e9,
-        "tflops_executed": rate * flops.executed / 1e12, "share_of_ceiling": rate * flops.executed / 1e12 / ceiling,
+        **record["figures"], "executed_gflop_a_row_token": executed / 1e9,
+        "tflops_executed": rate * executed / 1e12, "share_of_ceiling": rate * executed / 1e12 / ceiling,
         "extrapolated_hours_of_the_cards_stage": CARD_EPOCHS[trains] * CARD_TOKENS / rate / 3600,
         "device_memory_gib": record.get("device_memory_bytes", 0) / 2**30,
     }  # fmt: skip

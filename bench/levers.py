@@ -5,8 +5,8 @@
 
 A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code.
 Both are processes of their own that take their steps one after the other, so that what else the machine does is alike
-for both: whole runs differ by more than most levers are worth. All losses must agree, but for those of dropout, which is
-drawn anew. The head has no switch: `head` times it alone, on as many hidden states, against full logits and torch's own
+for both: whole runs differ by more than most levers are worth. All losses must agree, but for those of dropout, drawn
+anew. The head has no switch: `head` times it alone, on as many hidden states, against full logits and torch's own
 cross-entropy.
 """
 
@@ -117,6 +117,7 @@ DROPPING = {"trains": {"kind": "lora", "rank": 64, "alpha": 32, "rows": "none", 
 LORA_LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "adapters as PEFT computes them": ({}, _adapters_of_peft),
     "dropout 0.05": (DROPPING, None),
+    "dropout 0.05, whole last layer": (DROPPING, _sparing(NO_SPARING)),
     "dropout 0.05 as PEFT computes it": (DROPPING, _adapters_of_peft),
 }
 ALL_LEVERS = LEVERS | LORA_LEVERS

@@ -39,7 +39,7 @@ from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import NO_SPARING, Sparing, Steps, row_batches
+from graftlm.training.batches import Sparing, Steps, row_batches
 from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 
@@ -131,7 +131,7 @@ def planned(case: Case, given: TokenRows) -> tuple[list[StageSize], StageSize]:
     expected = size_of(wish, case.precision, True, case.budget, case.checkpointing)
     steps = Steps(
         given, batch_rows=case.batch_rows, micro_batch_tokens=case.budget, epochs=1, seed=stage.seed,
-        sparing=Sparing() if wish.is_exact else NO_SPARING,
+        sparing=Sparing(prefix=wish.shares_prefix),
     )  # fmt: skip
     look = row_batches(given, steps.row_ids(0)[:LOOK_ROWS], LOOK_TOKENS, torch.device("cpu"), steps.sparing)[0]
     expected_here = replace(expected, look=counts_of(look.layout, len(look.targets_N)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftlm.model.adapted import LEVELS, AdaptedLinear, dropped, has_plain_adapter
+from graftlm.model.adapted import AdaptedLinear, dropped, has_plain_adapter, zeroed_places
 from graftlm.model.causal import body_of
 from graftlm.model.lean import make_lean
 from graftlm.model.lora import attach_lora
@@ -91,12 +91,45 @@ def test_about_the_share_asked_for_is_dropped_and_the_rest_is_untouched(share: f
     found, kept = dropped(x, share)
     is_zeroed = found == 0
     assert torch.equal(found[~is_zeroed], x[~is_zeroed])
-    assert abs(kept - (1 - share)) <= 0.5 / LEVELS
+    assert kept == 1 - share
     # Five standard deviations of a share of independent draws; neighbours, cut from one draw, are independent too.
     assert abs(is_zeroed.double().mean() - share) <= 5 * math.sqrt(share * (1 - share) / count)
     both = (is_zeroed[1:] & is_zeroed[:-1]).double().mean()
     assert abs(both - share**2) <= 5 * math.sqrt(share**2 / count)
     assert not torch.equal(dropped(x, share)[0], found)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_every_place_is_drawn_alike_and_by_itself(share: float) -> None:
+    """The first and the last as often as any other; of short and of long gaps as many as there should be."""
+    count, rounds = 40, 20_000
+    torch.manual_seed(1)
+    drawn = torch.zeros(rounds, count)
+    for row in drawn:
+        places = zeroed_places(count, share)
+        assert (places[1:] > places[:-1]).all()
+        row[places] = 1.0
+    deviation = math.sqrt(share * (1 - share) / rounds)
+    assert ((drawn.mean(0) - share).abs() <= 5 * deviation).all()
+    together = drawn.T @ drawn / rounds
+    apart = together[~torch.eye(count, dtype=torch.bool)]
+    assert ((apart - share**2).abs() <= 5.5 * math.sqrt(share**2 / rounds)).all()
+
+
+def test_as_many_draws_are_taken_as_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a first lot does not reach the end, another follows."""
+    real, sizes = torch.rand, []
+
+    def few(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return real(3)
+
+    monkeypatch.setattr(torch, "rand", few)
+    places = zeroed_places(400, 0.5)
+    assert len(sizes) > 20
+    assert places.max() < 400
+    assert (places[1:] > places[:-1]).all()
+    assert abs(len(places) - 200) < 60
 
 
 def test_dropout_is_for_training_alone_and_drawn_by_each_layer_for_itself() -> None:

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from graftlm.model.body import labelled_hidden_states
 from graftlm.model.causal import body_of, recompute_activations
+from graftlm.model.lean import make_lean
 from graftlm.model.lora import attach_lora
 from graftlm.model.packed import attend_packed, attend_plain, make_layout
 from tests.training.tiny_training import exact_norms
@@ -74,6 +75,32 @@ def test_it_holds_with_adapters_and_with_activations_computed_again() -> None:
     assert_equal(hidden_and_gradients(model, NUM_SHARED, ends_at_N), whole)
     recompute_activations(model, True)
     assert_equal(hidden_and_gradients(model, NUM_SHARED, ends_at_N), whole)
+
+
+def test_it_holds_for_whatever_adapters_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is dropped at a position without a label is read by no one: with the same dropped elsewhere, the same loss.
+
+    What stands for the draw depends on the position's own numbers alone.
+    """
+    num_dropped = []
+
+    def drop(x: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+        is_zeroed = (x.detach() * 1e3).floor() % 5 == 0
+        num_dropped.append(int(is_zeroed.sum()))
+        return x.masked_fill(is_zeroed, 0.0), 1 - share
+
+    monkeypatch.setattr("graftlm.model.adapted.dropped", drop)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model = attach_lora(causal(LlamaConfig), rank=3, alpha=6, dropout=0.2, targets=names, seed=0).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    make_lean(body_of(model))
+    attend_packed(body_of(model))
+    model.train()
+    whole, short = (hidden_and_gradients(model, 0, ends) for ends in (None, torch.tensor(LABELLED)))
+    assert_equal(short, whole)
+    assert 0 < sum(num_dropped[14:]) < sum(num_dropped[:14])
 
 
 def test_the_last_mlp_sees_labelled_positions_only() -> None:

@@ -18,6 +18,7 @@ from graftlm.run import read_metrics
 from graftlm.training import best as best_module
 from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import stage as stage_module
+from graftlm.training.batches import Sparing
 from graftlm.training.checkpoint import load_checkpoint
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model, restore_model, trainable_parameters
@@ -437,3 +438,17 @@ def test_nothing_is_split_for_other_products_and_that_is_told(stage_run, monkeyp
     assert went_on.precision.name == "bf16"
     assert went_on.prepared.halves.low_of
     finish(went_on)
+
+
+@pytest.mark.parametrize(("dropout", "of_attention"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.1)])
+def test_what_dropout_allows_to_leave_out_and_what_is_told(stage_run, capsys, dropout, of_attention):
+    """Adapters' own: no common beginning. That of attention: nothing."""
+    model = tiny_model()
+    model.config.attention_dropout = of_attention
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = of_attention
+    run = stage_run(make_stage({**LORA, "dropout": dropout}), model=model)
+    assert run.steps.sparing == Sparing(prefix=not (dropout or of_attention), last_layer=not of_attention)
+    told = capsys.readouterr().err
+    assert ("with dropout 0.2 each row computes the common beginning for itself" in told) is bool(dropout)
+    assert ("with dropout 0.1 common beginnings and the last layer are computed in full" in told) is bool(of_attention)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from graftlm.model.adapted import num_drawn
 from graftlm.model.frozen import FrozenBase
 from graftlm.model.packed import PackedLayout, make_layout
 from graftlm.model.shapes import Shape
@@ -183,15 +184,20 @@ class _Ledger:
         """What went into linear maps with one input: one tensor in float32; under autocast one copy that they share, or
         one for each where any is under DoRA (`model/rounded.py`).
 
-        LoRA's dropout makes one for each in any case, and a mask: a byte an entry (`model/adapted.py`), under DoRA on
-        a CPU a float32.
+        LoRA's dropout makes one for each in any case, and what tells where: on a GPU a byte an entry, on a CPU the
+        places of zeros (`model/adapted.py`), under DoRA there a float32 an entry.
         """
         needing = sum(map(self.learns.needs_input, names))
         if not self._copies_inputs(*names):
             needing = min(needing, 1)
         self.add(positions * width * self.compute.num_bytes * needing)
         if self._is_dropping:
-            self.add(positions * width * needing * (WIDE if self.learns.is_dora and self.compute.is_cpu else 1))
+            self.add(needing * self._told_of_zeros(positions * width))
+
+    def _told_of_zeros(self, count: int) -> int:
+        if not self.compute.is_cpu:
+            return count
+        return WIDE * count if self.learns.is_dora else INDEX * num_drawn(count, self.learns.dropout)
 
     def adapter(self, positions: int, name: str) -> None:
         """The low-rank numbers between A and B."""

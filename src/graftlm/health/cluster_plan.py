@@ -105,13 +105,13 @@ def _load(
     if way is None or way.micro_batch_tokens is None or not rate:
         return None
     budget, is_checkpointing = way.micro_batch_tokens, way.gradient_checkpointing
-    rows, shared = wish.rows, wish.rows.num_shared if wish.is_exact else 0
+    rows, shared = wish.rows, wish.rows.num_shared if wish.shares_prefix else 0
     own_rows = wish.batch_rows / num_devices
     own_tokens = slowest * own_rows * (rows.mean_tokens - shared)
     num_micro_batches = max(1, math.ceil(own_tokens / max(budget - shared, 1)))
     flops = flops_per_token(
         wish.shape, wish.learns, rows, is_checkpointing=is_checkpointing,
-        rows_per_batch=max(1.0, own_rows / num_micro_batches), is_exact=wish.is_exact,
+        rows_per_batch=max(1.0, own_rows / num_micro_batches), shares_prefix=wish.shares_prefix,
     )  # fmt: skip
     learning = plan.size.learning_parameters
     updating = ADAM_BYTES * learning / device.bandwidth / share.num_parts

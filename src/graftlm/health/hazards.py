@@ -244,8 +244,8 @@ def _dropout(plan: StagePlan) -> Iterator[Finding]:
     if dropout:
         yield Finding(
             "dropout-costs", "note", f"{plan.wish.place}.trains.dropout", None,
-            f"{plan.wish.name}: with dropout {dropout:g} every row computes the template's beginning itself, and the "
-            "last layer at every token.",
+            f"{plan.wish.name}: with dropout {dropout:g} every row computes the template's beginning itself, and each "
+            "map under an adapter keeps an input of its own.",
             f"{plan.wish.place}.trains.dropout=0 takes less time and memory; it is another training, though.",
         )  # fmt: skip
 

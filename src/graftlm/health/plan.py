@@ -48,14 +48,14 @@ class StageWish:
     fp8: bool = False
 
     @property
-    def is_exact(self) -> bool:
-        """Whether nothing is drawn anew for every token, so that work may be spared."""
+    def shares_prefix(self) -> bool:
+        """Whether what rows begin with alike is computed once: where adapters drop nothing, each row for itself."""
         return self.learns.dropout == 0
 
     @property
     def whole_step_tokens(self) -> int:
         """Tokens of the largest step, were it one micro-batch."""
-        return math.ceil(self.rows.step_tokens(self.batch_rows, self.is_exact, self.num_steps))
+        return math.ceil(self.rows.step_tokens(self.batch_rows, self.shares_prefix, self.num_steps))
 
     @property
     def num_steps(self) -> int:
@@ -127,8 +127,8 @@ class StagePlan:
 
 def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_checkpointing: bool) -> StageSize:
     """A stage's size with this budget of tokens a micro-batch."""
-    batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, wish.is_exact, wish.num_steps)
-    look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.is_exact, 1)
+    batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, wish.shares_prefix, wish.num_steps)
+    look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.shares_prefix, 1)
     return StageSize(
         shape=wish.shape,
         learns=wish.learns,
@@ -230,12 +230,12 @@ def fits_at_all(wish: StageWish, device: Device) -> bool:
 
 
 def _hours(wish: StageWish, device: Device, precision: str, budget: int | None, is_checkpointing: bool) -> Hours:
-    tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.is_exact))
-    shared = wish.rows.num_shared if wish.is_exact else 0
+    tokens = min(budget or wish.micro_batch_tokens, wish.rows.step_tokens(wish.batch_rows, wish.shares_prefix))
+    shared = wish.rows.num_shared if wish.shares_prefix else 0
     rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
     flops = flops_per_token(
         wish.shape, wish.learns, wish.rows, is_checkpointing=is_checkpointing, rows_per_batch=rows_per_batch,
-        is_exact=wish.is_exact,
+        shares_prefix=wish.shares_prefix,
     )  # fmt: skip
     size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
     return hours_of(

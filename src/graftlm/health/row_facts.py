@@ -43,33 +43,34 @@ class RowFacts:
         """Keys a position sees, averaged over tokens: half of the row's length."""
         return sum(tokens * tokens for tokens, _ in self.sample) / (2 * sum(tokens for tokens, _ in self.sample))
 
-    def is_last_sparse(self, is_exact: bool) -> bool:
-        """Whether the last layer is computed at labels only: where that is exact (no dropout) and worth it."""
-        return is_exact and self.mean_labels <= MOST_LABELLED_SHARE * self.mean_tokens
+    @property
+    def is_last_sparse(self) -> bool:
+        """Whether the last layer is computed at labels only: where that is worth it."""
+        return self.mean_labels <= MOST_LABELLED_SHARE * self.mean_tokens
 
     def num_steps(self, batch_rows: int, epochs: float) -> int:
         """Steps of a stage, as `training/batches.py` counts them."""
         return max(1, round(epochs * math.ceil(self.num_rows / batch_rows)))
 
-    def step_tokens(self, batch_rows: int, is_exact: bool, num_steps: int = 1) -> float:
+    def step_tokens(self, batch_rows: int, shares_prefix: bool, num_steps: int = 1) -> float:
         """Tokens computed in the largest of so many steps, were each one micro-batch: as often less as more.
 
         Rows are drawn without putting back: a step of all rows is always as large.
         """
         rows = min(batch_rows, self.num_rows)
-        shared = self.num_shared if is_exact else 0
+        shared = self.num_shared if shares_prefix else 0
         mean = self.mean_tokens
         variance = sum((tokens - mean) ** 2 for tokens, _ in self.sample) / len(self.sample)
         of_sum = rows * variance * (self.num_rows - rows) / max(self.num_rows - 1, 1)
         largest = NormalDist().inv_cdf(0.5 ** (1 / num_steps)) * math.sqrt(of_sum)
         return shared + rows * (mean - shared) + largest
 
-    def fullest(self, budget: int, batch_rows: int, is_exact: bool, num_steps: int) -> tuple[MicroBatch, bool]:
+    def fullest(self, budget: int, batch_rows: int, shares_prefix: bool, num_steps: int) -> tuple[MicroBatch, bool]:
         """The fullest micro-batch of so many steps under a budget of tokens, and whether a step may have several."""
-        most = self.step_tokens(batch_rows, is_exact, num_steps)
+        most = self.step_tokens(batch_rows, shares_prefix, num_steps)
         tokens = min(budget, math.ceil(most))
-        shared = self.num_shared if is_exact else 0
-        return micro_batch(self.sample, tokens, shared, self.is_last_sparse(is_exact)), most > budget
+        shared = self.num_shared if shares_prefix else 0
+        return micro_batch(self.sample, tokens, shared, self.is_last_sparse), most > budget
 
 
 def estimated_rows(

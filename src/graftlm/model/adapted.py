@@ -11,12 +11,12 @@ Shapes: I inputs, O outputs, r the adapter's rank, any number of positions befor
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LEVELS = 2**16  # of one drawn number: a share of dropout is met to within half of 1 / LEVELS
 ADAPTER = "default"  # PEFT's name of the only one
 
 
@@ -54,12 +54,46 @@ class AdaptedLinear(nn.Module):
 
 
 def dropped(x: Tensor, share: float) -> tuple[Tensor, float]:
-    """x with about `share` of its numbers, each by itself, set to 0, and the share that is kept on average.
+    """x with about `share` of its numbers, each by itself, set to 0, and what is left to divide by: that kept, or 1.
 
-    Of dropout (arXiv 1207.0580) as torch has it only the division by the share kept is left to the caller. Four
-    numbers are made of each that is drawn, to 16 bits: on a CPU a sixth of the time of torch's own.
+    Dropout is that of arXiv 1207.0580. On a CPU only the places of zeros are drawn, in a sixth of the time of torch's
+    own; a GPU has that in one kernel, which divides too.
     """
-    num_zeroed = min(round(share * LEVELS), LEVELS - 1)
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.long, device=x.device).random_(-(2**63), None)
-    is_zeroed = drawn.view(torch.int16)[: x.numel()].view_as(x) < num_zeroed - LEVELS // 2
-    return x.masked_fill(is_zeroed, 0.0), 1.0 - num_zeroed / LEVELS
+    if x.device.type != "cpu":
+        return torch.nn.functional.dropout(x, share), 1.0
+    return _Dropped.apply(x, share), 1.0 - share
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        places = zeroed_places(x.numel(), share)
+        ctx.save_for_backward(places)
+        return x.reshape(-1).index_fill(0, places, 0.0).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (places,), (grad,) = ctx.saved_tensors, grad_outputs
+        return grad.reshape(-1).index_fill(0, places, 0.0).view(grad.shape), None
+
+
+def num_drawn(count: int, share: float) -> int:
+    """How many places to draw at once: six standard deviations more than `count` numbers will want."""
+    return int(share * count + 6 * math.sqrt(share * count)) + 8
+
+
+def zeroed_places(count: int, share: float) -> Tensor:
+    """Places in 0..count - 1, rising, each of which is among them with probability `share`, independently.
+
+    What is drawn are the gaps between them, which are geometric: floor(ln u / ln(1 - share)) places are passed over for
+    u even in (0, 1]. A sixth of the time of a draw for every place, for a share of 0.05.
+    """
+    found = [torch.empty(0, dtype=torch.long)]
+    reached = -1
+    while reached < count - 1:
+        even = torch.rand(num_drawn(count - 1 - reached, share))
+        passed_over = even.neg_().log1p_().div_(math.log1p(-share)).long()
+        found.append(passed_over.add_(1).cumsum(0).add_(reached))
+        reached = int(found[-1][-1])
+    places = torch.cat(found)
+    return places[: int(torch.searchsorted(places, count))]

@@ -89,7 +89,7 @@ def common_prefix(rows: TokenRows, row_ids: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sparing:
-    """Which work is left out that changes no result. Dropout draws anew for every token: it allows neither.
+    """Which work is left out that changes no result.
 
     `prefix`: what all rows of a micro-batch begin with is computed once. `last_layer`: it is computed at labelled
     positions only.

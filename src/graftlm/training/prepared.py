@@ -1,8 +1,8 @@
 """A stage's model made ready to learn, and made plain again afterwards.
 
 Owns the order of that: what learns, how the rest is held, where it lies, how it attends, over whom its layers are
-shared out. Where they are, rank 0 makes the plain model anew at the end, of modules kept without numbers. Does not know
-steps or files.
+shared out, what work its passes may leave out. Where layers are shared out, rank 0 makes the plain model anew at the
+end, of modules kept without numbers. Does not know steps or files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from graftlm.model.causal import body_of, recompute_activations
+from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.fp8 import hold_in_fp8
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
 from graftlm.model.halves import Halves
@@ -26,6 +26,8 @@ from graftlm.model.pointwise import AS_WRITTEN, compiled
 from graftlm.model.rows import lay_rows_together, touch_only_rows_read
 from graftlm.model.sharded import shard_layers
 from graftlm.recipe import Stage
+from graftlm.run import say
+from graftlm.training.batches import NO_SPARING, Sparing
 from graftlm.training.ranks import Ranks
 from graftlm.training.trainable import copy_weights, prepare_model, restore_model, trainable_parameters
 
@@ -165,3 +167,20 @@ def _hold(model: Any, stage: Stage, dtype: torch.dtype, device: torch.device) ->
     held = hold_frozen_as(model, dtype, stage.frozen_base)
     in_fp8 = hold_in_fp8(model, emulate=device.type == "cpu") if stage.fp8 else HeldLayers(())
     return HeldLayers(in_fp8.replaced + held.replaced)
+
+
+def sparing_of(stage: Stage, model: Any, ranks: Ranks) -> Sparing:
+    """Work left out where that is exact. What adapters drop differs from row to row, in a common beginning too; in the
+    last layer no one reads what they would give elsewhere. Dropout of attention allows neither.
+
+    In ZeRO-3 not the last layer's: DeepSpeed fetches weights ahead in the order modules were called in, and a rank on
+    the short cut beside one that is not (an idle one, or one with nearly all positions labelled) would never meet it.
+    """
+    of_attention = getattr(plain_model(model).config, "attention_dropout", 0.0)
+    if of_attention:
+        say(f"{stage.name}: with dropout {of_attention:g} common beginnings and the last layer are computed in full")
+        return NO_SPARING
+    dropout = getattr(stage.trains, "dropout", 0.0)
+    if dropout:
+        say(f"{stage.name}: with dropout {dropout:g} each row computes the common beginning for itself")
+    return Sparing(prefix=not dropout, last_layer=ranks.zero_stage != 3)

@@ -27,13 +27,13 @@ from graftlm.health.incident import Incident
 from graftlm.health.look import Look
 from graftlm.health.probe import NameOf, no_name
 from graftlm.malloc import HeapTrim
-from graftlm.model.causal import body_of, plain_model
+from graftlm.model.causal import body_of
 from graftlm.model.packed import attention_in_words
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say
 from graftlm.text.rows import TokenRows
 from graftlm.training.ablation import blame_for_rise
-from graftlm.training.batches import NO_SPARING, Sparing, Steps
+from graftlm.training.batches import Steps
 from graftlm.training.before import BeforeFirstStep
 from graftlm.training.best import HeldoutWatch
 from graftlm.training.checkpoint import (
@@ -51,7 +51,7 @@ from graftlm.training.evidence import keep_batch
 from graftlm.training.loop import StepRecord, train
 from graftlm.training.optim import cut_peak_rates, learning_rate_shape
 from graftlm.training.precision import make_precision
-from graftlm.training.prepared import prepared
+from graftlm.training.prepared import prepared, sparing_of
 from graftlm.training.ranks import ALONE, Ranks
 from graftlm.training.recorder import Recorder
 from graftlm.training.recovery import Recovery, Trouble
@@ -71,19 +71,6 @@ CHECKPOINTS_BY_DEFAULT = 10
 
 class _EarlyStop(Exception):
     """Held-out loss has not improved for long enough."""
-
-
-def _sparing(stage: Stage, model: Any, ranks: Ranks) -> Sparing:
-    """Work left out where that is exact: nothing where dropout draws anew for every token.
-
-    In ZeRO-3 not the last layer's: DeepSpeed fetches weights ahead in the order modules were called in, and a rank on
-    the short cut beside one that is not (an idle one, or one with nearly all positions labelled) would never meet it.
-    """
-    dropout = max(getattr(stage.trains, "dropout", 0.0), getattr(plain_model(model).config, "attention_dropout", 0.0))
-    if dropout == 0.0:
-        return Sparing(last_layer=ranks.zero_stage != 3)
-    say(f"{stage.name}: with dropout {dropout:g} common beginnings and the last layer are computed in full")
-    return NO_SPARING
 
 
 class StageRun:
@@ -123,7 +110,7 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
-            sparing=_sparing(stage, self.model, ranks),
+            sparing=sparing_of(stage, self.model, ranks),
             rank=ranks.rank,
             num_ranks=ranks.count,
             is_even=ranks.pass_together,
