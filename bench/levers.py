@@ -4,10 +4,9 @@
                            [--out bench/results/DATE-cpu-levers.json]
 
 A lever is switched by a value handed to the stage or to what the stage is about to run, never by a copy of the code.
-Both are processes of their own that take their steps one after the other, so that what else the machine does is alike
-for both: whole runs differ by more than most levers are worth. All losses must agree, but for those of dropout, drawn
-anew. The head has no switch: `head` times it alone, on as many hidden states, against full logits and torch's own
-cross-entropy.
+Two processes of each take their steps one after the other, so that what else the machine does is alike for all: whole
+runs differ by more than most levers are worth. All losses must agree, but for those of dropout, drawn anew. The head
+has no switch: `head` times it alone, on as many hidden states, against full logits and torch's own cross-entropy.
 """
 
 from __future__ import annotations
@@ -84,11 +83,18 @@ def _keep_all(stage_run: StageRun) -> None:
 
 
 def _adapters_of_peft(stage_run: StageRun) -> None:
-    for parent, name, own in stage_run.prepared.lean.replaced:
-        stand_in = getattr(parent, name)
-        if isinstance(stand_in, AdaptedLinear):
-            stand_in.hand_on(own)
-            setattr(parent, name, own)
+    own_of = {id(getattr(parent, name)): own for parent, name, own in stage_run.prepared.lean.replaced}
+    found = [
+        (parent, name, stand_in)
+        for parent in stage_run.model.modules()
+        for name, stand_in in parent.named_children()
+        if isinstance(stand_in, AdaptedLinear)
+    ]
+    assert found
+    for parent, name, stand_in in found:
+        own = own_of[id(stand_in)]
+        stand_in.hand_on(own)
+        setattr(parent, name, own)
 
 
 def _whole_embedding(stage_run: StageRun) -> None:
@@ -133,7 +139,8 @@ def measure(
 ) -> dict[str, Any]:
     """Each lever off, in turn with all on: how many times longer a step takes without it, and its memory.
 
-    Ratios are medians over pairs of the same step.
+    Two processes of each, as one may be luckier in how its memory lies than another of the same; `of_twins` tells by
+    how much. Ratios are medians over the same steps.
     """
 
     def job(name: str, place: int) -> dict[str, Any]:
@@ -146,26 +153,31 @@ def measure(
 
     found: dict[str, Any] = {}
     for name in levers:
-        on, off = step_by_step([job(OURS, 0), job(name, 1)])
-        for record in (on, off):
+        records = step_by_step([job(arm, place) for place, arm in enumerate((OURS, name, OURS, name))])
+        for record in records:
             record["figures"] = figures(record, workload.num_tokens, BATCH_ROWS, warm_up)
+        on, off = records[0::2], records[1::2]
+        memory = [sum(record["figures"]["memory_above_start_gib"] for record in side) for side in (off, on)]
         found[name] = {
-            "times_longer": _median_ratio(off["step_seconds"][warm_up:], on["step_seconds"][warm_up:]),
-            "times_longer_cpu": _median_ratio(off["step_cpu_seconds"][warm_up:], on["step_cpu_seconds"][warm_up:]),
-            "ratios_of_steps": [a / b for a, b in zip(off["step_seconds"], on["step_seconds"], strict=True)],
-            "memory_ratio_above_start": off["figures"]["memory_above_start_gib"]
-            / on["figures"]["memory_above_start_gib"],
-            "loss_deviation": loss_deviation(off, on), "on": on["figures"], "off": off["figures"],
+            "times_longer": _median_ratio(off, on, "step_seconds", warm_up),
+            "times_longer_cpu": _median_ratio(off, on, "step_cpu_seconds", warm_up),
+            "of_twins": [_median_ratio(side[1:], side[:1], "step_seconds", warm_up) for side in (on, off)],
+            "memory_ratio_above_start": memory[0] / memory[1], "loss_deviation": loss_deviation(off[0], on[0]),
+            "on": [record["figures"] for record in on], "off": [record["figures"] for record in off],
         }  # fmt: skip
         told = found[name]
         print(f"{name:34}{told['times_longer']:6.2f}x the time{told['times_longer_cpu']:6.2f}x the processor time"
-              f"{told['memory_ratio_above_start']:6.2f}x the memory, losses within {told['loss_deviation']:.0e}",
-              flush=True)  # fmt: skip
+              f"{told['memory_ratio_above_start']:6.2f}x the memory, losses within {told['loss_deviation']:.0e}; "
+              f"twins {told['of_twins'][0]:.2f}, {told['of_twins'][1]:.2f}", flush=True)  # fmt: skip
     return found
 
 
-def _median_ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+def _median_ratio(above: list[dict[str, Any]], below: list[dict[str, Any]], key: str, warm_up: int) -> float:
+    """Of the seconds of one step in all processes above and below, over the steps after warm-up."""
+    sums = [
+        [sum(step) for step in zip(*(record[key][warm_up:] for record in side), strict=True)] for side in (above, below)
+    ]
+    return statistics.median(a / b for a, b in zip(*sums, strict=True))
 
 
 def step_by_step(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
