@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from graftlm.model import loss as loss_module
-from graftlm.model.loss import linear_cross_entropy_sum, target_losses
+from graftlm.model.loss import chunk_rows, chunks_of, linear_cross_entropy_sum, target_losses
 
 TOLERANCE = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
@@ -76,3 +76,14 @@ def test_no_label_gives_zero_not_nan() -> None:
     loss = linear_cross_entropy_sum(hidden, [torch.randn(7, 4)], torch.zeros(0, dtype=torch.long), torch.float32)
     loss.backward()
     assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 500, 607, 1300])
+def test_chunks_hold_all_labels_and_in_16_bits_on_a_cpu_are_of_few_sizes(count: int) -> None:
+    for logit_bytes, device in ((2, "cpu"), (4, "cpu"), (2, "cuda")):
+        size, filled = chunks_of(count, 55_296, logit_bytes, device)
+        assert count <= filled < count + max(size, 1)
+        assert size == 0 or filled % size == 0
+        assert size <= chunk_rows(55_296, logit_bytes, device) + 31
+        if (logit_bytes, device) == (2, "cpu"):
+            assert size % 32 == 0

@@ -452,3 +452,9 @@ def test_what_dropout_allows_to_leave_out_and_what_is_told(stage_run, capsys, dr
     told = capsys.readouterr().err
     assert ("with dropout 0.2 each row computes the common beginning for itself" in told) is bool(dropout)
     assert ("with dropout 0.1 common beginnings and the last layer are computed in full" in told) is bool(of_attention)
+
+
+def test_in_16_bits_on_a_cpu_the_last_layer_is_computed_whole(stage_run):
+    """Where the short cut takes longer (`spares_last_layer`)."""
+    assert stage_run(make_stage(FULL, precision="fp32"), "wide").steps.sparing == Sparing()
+    assert stage_run(make_stage(FULL, precision="bf16"), "narrow").steps.sparing == Sparing(last_layer=False)

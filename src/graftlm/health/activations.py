@@ -18,6 +18,7 @@ import torch
 
 from graftlm.model.adapted import num_drawn
 from graftlm.model.frozen import FrozenBase
+from graftlm.model.loss import chunks_of
 from graftlm.model.packed import PackedLayout, make_layout
 from graftlm.model.shapes import Shape
 
@@ -155,7 +156,9 @@ def kept_once(shape: Shape, learns: Learns, batch: MicroBatch, compute: Compute)
         ledger.add((INDEX + 1) * (batch.padded + batch.queries))
     ledger.add(2 * batch.num_tokens * shape.head_size * WIDE)
     ledger.norm(ends, shape.hidden_size)
-    ledger.add(batch.num_labels * shape.hidden_size * compute.num_bytes)
+    device = "cpu" if compute.is_cpu else "cuda"
+    _, filled = chunks_of(batch.num_labels, shape.num_rows, compute.num_bytes, device)
+    ledger.add(filled * shape.hidden_size * compute.num_bytes)
     return ledger.num_bytes
 
 

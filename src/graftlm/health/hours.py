@@ -31,10 +31,10 @@ class Flops:
 
 def flops_per_token(
     shape: Shape, learns: Learns, rows: RowFacts, *, is_checkpointing: bool = False, rows_per_batch: float = 1.0,
-    shares_prefix: bool = False,
+    shares_prefix: bool = False, spares_last: bool = True,
 ) -> Flops:  # fmt: skip
     """Operations for one token of a row. `shares_prefix`: what rows begin with alike is computed once in a
-    micro-batch; the last layer's unlabelled positions are spared either way."""
+    micro-batch; `spares_last`: the last layer's unlabelled positions are not computed."""
     share = rows.mean_labels / rows.mean_tokens
     backward = 2.0 if learns.kind == "full" else 1.0
     adapter = 3 * 2 * shape.adapter_parameters(learns.rank, learns.targets) / shape.num_layers
@@ -42,7 +42,7 @@ def flops_per_token(
     layer = 2 * shape.layer_matrices * (1 + backward) + adapter + 3 * attended
     head = share * 2 * shape.num_rows * shape.hidden_size * (2 + (learns.rows != "none"))
     plain = shape.num_layers * layer + head
-    sparse = rows.is_last_sparse
+    sparse = rows.is_last_sparse(spares_last)
     shared = rows.num_shared * (1 - 1 / max(rows_per_batch, 1.0)) if shares_prefix else 0
     computed = 1 - shared / rows.mean_tokens
     # Of the last layer's matrices, keys' and values' are needed everywhere.

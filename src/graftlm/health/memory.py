@@ -22,7 +22,7 @@ from graftlm.health.activations import (
     kept_once,
 )
 from graftlm.model.halves import BLOCK
-from graftlm.model.loss import block_rows, chunk_rows
+from graftlm.model.loss import block_rows, chunks_of
 from graftlm.model.quantised import BYTES_A_NUMBER
 from graftlm.model.shapes import Shape
 
@@ -268,7 +268,7 @@ def _chunk_bytes(size: StageSize) -> int:
     """A chunk of logits, which become their gradient; where they are of 16 bits, a block of them in float32."""
     device, labels = "cpu" if size.compute.is_cpu else "cuda", max(size.batch.num_labels, 1)
     num_rows, num_bytes = size.shape.num_rows, size.compute.num_bytes
-    chunk = min(labels, chunk_rows(num_rows, num_bytes, device))
+    chunk, _ = chunks_of(labels, num_rows, num_bytes, device)
     block = min(labels, block_rows(num_rows, device)) if size.compute.is_mixed else 0
     return num_rows * (chunk * num_bytes + block * WIDE)
 

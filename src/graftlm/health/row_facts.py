@@ -43,10 +43,9 @@ class RowFacts:
         """Keys a position sees, averaged over tokens: half of the row's length."""
         return sum(tokens * tokens for tokens, _ in self.sample) / (2 * sum(tokens for tokens, _ in self.sample))
 
-    @property
-    def is_last_sparse(self) -> bool:
-        """Whether the last layer is computed at labels only: where that is worth it."""
-        return self.mean_labels <= MOST_LABELLED_SHARE * self.mean_tokens
+    def is_last_sparse(self, spares_last: bool = True) -> bool:
+        """Whether the last layer is computed at labels only: where that is worth it, on a device where it ever is."""
+        return spares_last and self.mean_labels <= MOST_LABELLED_SHARE * self.mean_tokens
 
     def num_steps(self, batch_rows: int, epochs: float) -> int:
         """Steps of a stage, as `training/batches.py` counts them."""
@@ -65,12 +64,14 @@ class RowFacts:
         largest = NormalDist().inv_cdf(0.5 ** (1 / num_steps)) * math.sqrt(of_sum)
         return shared + rows * (mean - shared) + largest
 
-    def fullest(self, budget: int, batch_rows: int, shares_prefix: bool, num_steps: int) -> tuple[MicroBatch, bool]:
+    def fullest(
+        self, budget: int, batch_rows: int, shares_prefix: bool, num_steps: int, spares_last: bool = True
+    ) -> tuple[MicroBatch, bool]:
         """The fullest micro-batch of so many steps under a budget of tokens, and whether a step may have several."""
         most = self.step_tokens(batch_rows, shares_prefix, num_steps)
         tokens = min(budget, math.ceil(most))
         shared = self.num_shared if shares_prefix else 0
-        return micro_batch(self.sample, tokens, shared, self.is_last_sparse), most > budget
+        return micro_batch(self.sample, tokens, shared, self.is_last_sparse(spares_last)), most > budget
 
 
 def estimated_rows(

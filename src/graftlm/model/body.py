@@ -2,8 +2,8 @@
 
 Owns the last layer's short cut. What a position computes in the last layer is read by no other position, so only
 labelled ones need its query, attention, output and MLP, and the final norm; keys and values are needed of all. Losses
-and gradients are those of the whole layer (`layout.ends_at_N` None computes it). Not for layers with dropout inside:
-fewer numbers would be drawn. Does not know losses or how rows were packed.
+and gradients are those of the whole layer (`layout.ends_at_N` None computes it). Does not know losses or how rows were
+packed.
 
 Shapes: T tokens and N labelled positions of the micro-batch, H hidden size.
 """
@@ -17,6 +17,12 @@ import torch
 from graftlm.model.attention import attend
 from graftlm.model.causal import body_of
 from graftlm.model.packed import PackedLayout, attends_packed
+
+
+def spares_last_layer(is_cpu: bool, is_mixed: bool) -> bool:
+    """Whether the short cut is worth it. In 16 bits on a CPU it is not: oneDNN makes a kernel of some milliseconds for
+    every shape it meets, and labelled positions are another number in each micro-batch (measured: docs/log.md)."""
+    return not (is_cpu and is_mixed)
 
 
 def labelled_hidden_states(

@@ -22,6 +22,9 @@ from graftlm.model.rows import joined
 # a thousand positions: an estimate, not measured.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+LIKE_ROWS = 32
+"""In 16 bits on a CPU a chunk has a multiple of so many positions, the last of them zeros: for every shape it meets
+oneDNN makes a kernel, which takes milliseconds, and it keeps few (`malloc.py`)."""
 
 
 def chunk_rows(num_vocab_rows: int, logit_bytes: int, device_type: str) -> int:
@@ -56,25 +59,27 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         needs_weight, weight_VH = any(needs_weights), joined(weights)
         wide = torch.promote_types(compute_dtype, torch.float32)
         hidden, weight = hidden_NH.to(compute_dtype), weight_VH.to(compute_dtype)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.empty_like(weight[learned], dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
-        size = _even_size(len(hidden), chunk_rows(len(weight), hidden.itemsize, hidden.device.type))
-        written_over = hidden.new_empty(size, len(weight))
+        size, filled = chunks_of(len(hidden), len(weight), hidden.itemsize, hidden.device.type)
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - len(hidden)))
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        logits_CV = hidden.new_empty(size, len(weight))
         for start in range(0, len(hidden), size or 1):
             hidden_CH, targets_C = hidden[start : start + size], targets_N[start : start + size]
-            logits_CV = written_over[: len(targets_C)]
             torch.mm(hidden_CH, weight.T, out=logits_CV)
-            total += _loss_and_gradient_(logits_CV, targets_C, expected, wide)
+            total += _loss_and_gradient_(logits_CV[: len(targets_C)], targets_C, expected, wide)
             grad_CV = logits_CV
+            grad_CV[len(targets_C) :] = 0.0  # of the zeros the last chunk is filled up with
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[start : start + size])
             if grad_weight is not None:
                 _add_product_(grad_weight, grad_CV[:, learned].T, hidden_CH, is_first=start == 0)
         if grad_weight is not None and not len(hidden):
             grad_weight.zero_()
+        grad_hidden = None if grad_hidden is None else grad_hidden[: len(targets_N)]
         ctx.expected = expected
         ctx.hidden_dtype = hidden_NH.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -93,9 +98,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return (grad_hidden, None, None, None, *parts)
 
 
-def _even_size(count: int, most: int) -> int:
-    """The size of chunks that share out `count` rows evenly, at most `most` to each: short products are slow ones."""
-    return -(-count // max(1, -(-count // most)))
+def chunks_of(count: int, num_vocab_rows: int, logit_bytes: int, device_type: str) -> tuple[int, int]:
+    """Positions of each of the chunks that share out `count` evenly, as short products are slow ones; and of all
+    chunks, with the zeros that the last is filled up with."""
+    most = chunk_rows(num_vocab_rows, logit_bytes, device_type)
+    size = -(-count // max(1, -(-count // most)))
+    if device_type == "cpu" and logit_bytes < torch.float32.itemsize:
+        size = -(-size // LIKE_ROWS) * LIKE_ROWS
+    return size, count + (-count % size if size else 0)
 
 
 def _loss_and_gradient_(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from graftlm.device import Precision
+from graftlm.model.body import spares_last_layer
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.fp8 import hold_in_fp8
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
@@ -169,7 +171,7 @@ def _hold(model: Any, stage: Stage, dtype: torch.dtype, device: torch.device) ->
     return HeldLayers(in_fp8.replaced + held.replaced)
 
 
-def sparing_of(stage: Stage, model: Any, ranks: Ranks) -> Sparing:
+def sparing_of(stage: Stage, model: Any, precision: Precision, ranks: Ranks) -> Sparing:
     """Work left out where that is exact. What adapters drop differs from row to row, in a common beginning too; in the
     last layer no one reads what they would give elsewhere. Dropout of attention allows neither.
 
@@ -183,4 +185,7 @@ def sparing_of(stage: Stage, model: Any, ranks: Ranks) -> Sparing:
     dropout = getattr(stage.trains, "dropout", 0.0)
     if dropout:
         say(f"{stage.name}: with dropout {dropout:g} each row computes the common beginning for itself")
-    return Sparing(prefix=not dropout, last_layer=ranks.zero_stage != 3)
+    # In 16 bits on a CPU it would take longer (`model/body.py`), which is no reason to tell of.
+    is_mixed = precision.compute_dtype.itemsize < torch.float32.itemsize
+    spares_last = spares_last_layer(precision.device.type == "cpu", is_mixed) and ranks.zero_stage != 3
+    return Sparing(prefix=not dropout, last_layer=spares_last)

@@ -110,7 +110,7 @@ class StageRun:
             micro_batch_tokens=stage.micro_batch_tokens,
             epochs=stage.epochs,
             seed=stage.seed,
-            sparing=sparing_of(stage, self.model, ranks),
+            sparing=sparing_of(stage, self.model, self.precision, ranks),
             rank=ranks.rank,
             num_ranks=ranks.count,
             is_even=ranks.pass_together,
