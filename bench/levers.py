@@ -105,6 +105,7 @@ LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "no packing, nothing shared": ({}, _one_by_one),
     "no shared prefix": ({}, _sparing(Sparing(prefix=False))),
     "whole last layer": ({}, _sparing(Sparing(last_layer=False))),
+    "last layer at labelled positions": ({}, _sparing(Sparing())),
     "neither prefix nor last layer": ({}, _sparing(NO_SPARING)),
     "layers that keep all": ({}, _keep_all),
     "AdamW foreach": ({}, _adamw(is_foreach=True)),
