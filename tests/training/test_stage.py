@@ -386,6 +386,9 @@ def test_weights_in_halves_train_as_whole_ones(stage_run, tmp_path, capsys, tied
             assert found[key] == pytest.approx(expected[key], rel=BY_HALVES[key]), key
         assert found["update_rms"] == pytest.approx(expected["update_rms"], rel=BY_HALVES["update_rms"])
         assert found["update_rms"]["body"] > 0
+    kept = [load_file(tmp_path / name / "trained" / "weights.safetensors") for name in ("whole", "halves")]
+    assert kept[0].keys() == kept[1].keys()  # what the model is merged of, tensor by tensor
+    assert {tensor.dtype for tensor in kept[1].values()} == {torch.float32}
     states = [model.state_dict() for model in models]
     assert {tensor.dtype for tensor in states[1].values()} == {torch.float32}
     lowers = torch.cat([t.reshape(-1).view(torch.int32) & 0xFFFF for t in states[1].values()])

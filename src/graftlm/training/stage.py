@@ -28,6 +28,7 @@ from graftlm.health.look import Look
 from graftlm.health.probe import NameOf, no_name
 from graftlm.malloc import HeapTrim
 from graftlm.model.causal import body_of
+from graftlm.model.halves import joined_by_name
 from graftlm.model.packed import attention_in_words
 from graftlm.recipe import Stage
 from graftlm.run import Metrics, read_metrics, say
@@ -380,5 +381,6 @@ class StageRun:
         if kept is None:
             if self.stage.keep == "best" and self.watch.heldout:
                 say(f"{self.stage.name}: no held-out reading was better than before it; its last weights are kept")
-            kept = Checkpoint({"weights": last}, {"step": self.step})
+            # On the host, where there is room: beside training there is none for both halves and what they make.
+            kept = Checkpoint({"weights": joined_by_name({n: t.cpu() for n, t in last.items()})}, {"step": self.step})
         save_checkpoint(self.folder / TRAINED, kept)
