@@ -33,7 +33,10 @@ FROZEN = {
     "int8": "frozen weights in 8 bits",
     "nf4": "frozen weights in 4 bits",
 }
-HELD = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32")
+KERNELS = "kernels of products in 16 bits"
+KERNEL_BYTES = 32 * 2**20
+"""What oneDNN keeps of them on a CPU: 8 MB (new rows) to 78 MB (LoRA) over two steps, measured (docs/log.md)."""
+HELD = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32", KERNELS)
 """Items that lie there between passes too."""
 
 
@@ -189,6 +192,7 @@ def _held(size: StageSize, gradients: int, has_moments: bool = True) -> dict[str
         "adapter fp32": size.adapter_parameters * WIDE,
         "gradients fp32": gradients,
         "Adam's moments fp32": 2 * WIDE * size.learning_parameters if has_moments else 0,
+        KERNELS: KERNEL_BYTES if size.compute.is_cpu and size.compute.is_mixed else 0,
     }
     return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 

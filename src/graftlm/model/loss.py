@@ -64,7 +64,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
         size, filled = chunks_of(len(hidden), len(weight), hidden.itemsize, hidden.device.type)
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - len(hidden)))
+        if filled > len(hidden):
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - len(hidden)))
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         logits_CV = hidden.new_empty(size, len(weight))
         for start in range(0, len(hidden), size or 1):
