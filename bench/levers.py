@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from graftlm.malloc import AS_SET
 from graftlm.model.adapted import AdaptedLinear
 from graftlm.model.loss import linear_cross_entropy_sum
 from graftlm.model.rows import touch_only_rows_read
-from graftlm.training.batches import NO_SPARING, Batch, Sparing, Steps, row_batches
+from graftlm.training.batches import NO_SPARING, Batch, Steps, row_batches
 from graftlm.training.stage import StageRun
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -60,9 +61,9 @@ def _one_by_one(stage_run: StageRun) -> None:
     )  # fmt: skip
 
 
-def _sparing(sparing: Sparing) -> Adjust:
+def _sparing(**changes: bool | int) -> Adjust:
     def adjust(stage_run: StageRun) -> None:
-        stage_run.steps.sparing = sparing
+        stage_run.steps.sparing = replace(stage_run.steps.sparing, **changes)
 
     return adjust
 
@@ -103,10 +104,11 @@ def _whole_embedding(stage_run: StageRun) -> None:
 
 LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "no packing, nothing shared": ({}, _one_by_one),
-    "no shared prefix": ({}, _sparing(Sparing(prefix=False))),
-    "whole last layer": ({}, _sparing(Sparing(last_layer=False))),
-    "last layer at labelled positions": ({}, _sparing(Sparing())),
-    "neither prefix nor last layer": ({}, _sparing(NO_SPARING)),
+    "no shared prefix": ({}, _sparing(prefix=False)),
+    "whole last layer": ({}, _sparing(last_layer=False)),
+    "last layer at labelled positions": ({}, _sparing(last_layer=True)),
+    "neither prefix nor last layer": ({}, _sparing(prefix=False, last_layer=False)),
+    "micro-batches of any number of tokens": ({}, _sparing(like_tokens=1)),
     "layers that keep all": ({}, _keep_all),
     "AdamW foreach": ({}, _adamw(is_foreach=True)),
     "AdamW loop": ({}, _adamw(is_foreach=False)),
@@ -124,7 +126,7 @@ DROPPING = {"trains": {"kind": "lora", "rank": 64, "alpha": 32, "rows": "none", 
 LORA_LEVERS: dict[str, tuple[dict[str, Any], Adjust | None]] = {
     "adapters as PEFT computes them": ({}, _adapters_of_peft),
     "dropout 0.05": (DROPPING, None),
-    "dropout 0.05, whole last layer": (DROPPING, _sparing(NO_SPARING)),
+    "dropout 0.05, whole last layer": (DROPPING, _sparing(prefix=False, last_layer=False)),
     "dropout 0.05 as PEFT computes it": (DROPPING, _adapters_of_peft),
 }
 ALL_LEVERS = LEVERS | LORA_LEVERS

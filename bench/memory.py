@@ -39,7 +39,8 @@ from graftlm.model.causal import new_causal
 from graftlm.model.shapes import Shape
 from graftlm.recipe import Stage
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import Sparing, Steps, row_batches
+from graftlm.training.batches import Steps, all_sparing, row_batches
+from graftlm.training.precision import make_precision
 from graftlm.training.room import facts_of, wish_of
 from graftlm.training.stage import StageRun
 
@@ -129,9 +130,10 @@ def planned(case: Case, given: TokenRows) -> tuple[list[StageSize], StageSize]:
     stage = stage_of(case)
     wish = wish_of(stage, "bench", case.shape, case.new_rows, facts_of(given, "bench"))
     expected = size_of(wish, case.precision, True, case.budget, case.checkpointing)
+    spared = all_sparing(make_precision(stage, torch.device("cpu")))
     steps = Steps(
         given, batch_rows=case.batch_rows, micro_batch_tokens=case.budget, epochs=1, seed=stage.seed,
-        sparing=Sparing(prefix=wish.shares_prefix),
+        sparing=replace(spared, prefix=wish.shares_prefix),
     )  # fmt: skip
     look = row_batches(given, steps.row_ids(0)[:LOOK_ROWS], LOOK_TOKENS, torch.device("cpu"), steps.sparing)[0]
     expected_here = replace(expected, look=counts_of(look.layout, len(look.targets_N)))

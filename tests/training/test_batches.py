@@ -1,5 +1,7 @@
 """Packed micro-batches: deterministic, within the budget, and a beginning that all rows share lies in each once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from graftlm.training.batches import (
     row_batches,
 )
 from graftlm.training.loop import response_loss_sum
-from tests.training.tiny_training import tiny_model
+from tests.training.tiny_training import exact_norms, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -120,19 +122,40 @@ def test_a_batch_names_the_same_targets_with_and_without_sharing() -> None:
     assert torch.equal(*positions)
 
 
+@pytest.mark.parametrize("sparing", [Sparing(like_tokens=8), Sparing(prefix=False, like_tokens=8)])
+@pytest.mark.parametrize("budget", [15, 64])
+def test_a_micro_batch_is_filled_up_to_a_multiple_or_to_its_budget(budget: int, sparing: Sparing) -> None:
+    """With beginnings of a row that is there, behind all rows, and without a target."""
+    plain = row_batches(FRAMED, [0, 1, 2], budget, CPU, replace(sparing, like_tokens=1))
+    filled = row_batches(FRAMED, [0, 1, 2], budget, CPU, sparing)
+    assert any(batch.num_filled for batch in filled)
+    for without, batch in zip(plain, filled, strict=True):
+        in_all = batch.ids_1T.shape[1]
+        assert in_all == min(budget, -(-without.num_tokens // 8) * 8)
+        assert batch.num_tokens == without.num_tokens == in_all - batch.num_filled
+        assert torch.equal(batch.ids_1T[:, : batch.num_tokens], without.ids_1T)
+        assert torch.equal(batch.layout.positions_1T[:, : batch.num_tokens], without.layout.positions_1T)
+        for name in ("labelled_N", "targets_N", "row_N"):
+            assert torch.equal(getattr(batch, name), getattr(without, name))
+        assert batch.row_ids == without.row_ids
+        added = batch.ids_1T[0, batch.num_tokens :].tolist()
+        longest = max((FRAMED.row(row_id)[0][batch.layout.num_shared :].tolist() for row_id in batch.row_ids), key=len)
+        assert added == (longest * 8)[: len(added)]
+
+
 @pytest.mark.parametrize("budget", [9, 12, 64])
 def test_work_left_out_changes_neither_loss_nor_gradients(budget: int) -> None:
-    """float32, within rounding; exact equality in float64 is tested beside the attention itself."""
     found = []
-    for sparing in (NO_SPARING, Sparing(prefix=True, last_layer=False), Sparing()):
-        model = tiny_model()
+    filled = (Sparing(like_tokens=7), Sparing(prefix=False, last_layer=False, like_tokens=64))
+    for sparing in (NO_SPARING, Sparing(prefix=True, last_layer=False), Sparing(), *filled):
+        model = exact_norms(tiny_model().double())
         attend_packed(model.get_decoder())
-        precision = Precision(torch.float32, CPU)
+        precision = Precision(torch.float64, CPU)
         losses = [response_loss_sum(model, b, precision) for b in row_batches(FRAMED, [0, 1, 2], budget, CPU, sparing)]
         sum(losses).backward()
         found.append((sum(losses).item(), [p.grad for p in model.parameters()]))
     (plain_loss, plain), *others = found
     for loss, spared in others:
-        assert loss == pytest.approx(plain_loss, rel=1e-6)
+        assert loss == pytest.approx(plain_loss, rel=1e-12)
         for a, b in zip(plain, spared, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * a.abs().max().item())
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12 * a.abs().max().item())

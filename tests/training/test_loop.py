@@ -12,7 +12,7 @@ from graftlm.model.causal import body_of
 from graftlm.model.packed import attend_packed
 from graftlm.text.rows import TokenRows
 from graftlm.training import loop as loop_module
-from graftlm.training.batches import Steps, row_batches
+from graftlm.training.batches import Sparing, Steps, row_batches
 from graftlm.training.loop import StepRecord, response_loss_sum, train
 from graftlm.training.parts import parts_of
 from graftlm.training.ranks import ALONE
@@ -53,16 +53,18 @@ def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_packed_accumulated_and_plain_gradients_are_one(dtype: torch.dtype, tolerance: float, tied: bool) -> None:
-    """All rows in one pack, in several, and each alone; against transformers row by row in float64."""
+    """All rows in one pack, in several, each alone, and filled up; against transformers row by row in float64."""
     rows = make_rows(12)
     model, precision = trainable_model(dtype, tied), Precision(dtype, CPU)
     longest = int(rows.lengths.max())
     packed, several, alone = (
         gradients(model, row_batches(rows, range(12), budget, CPU), precision) for budget in (10_000, longest, 1)
     )
+    filled = gradients(model, row_batches(rows, range(12), 10_000, CPU, Sparing(like_tokens=64)), precision)
     reference = plain_gradients(exact_norms(tiny_model(tied).double()), rows)
     assert worst_error(several, packed) <= tolerance
     assert worst_error(alone, packed) <= tolerance
+    assert worst_error(filled, packed) <= tolerance
     assert worst_error(packed, reference) <= tolerance
 
 

@@ -18,7 +18,7 @@ from graftlm.run import read_metrics
 from graftlm.training import best as best_module
 from graftlm.training import checkpoint as checkpoint_module
 from graftlm.training import stage as stage_module
-from graftlm.training.batches import Sparing
+from graftlm.training.batches import LIKE_TOKENS, Sparing
 from graftlm.training.checkpoint import load_checkpoint
 from graftlm.training.stage import StageRun
 from graftlm.training.trainable import prepare_model, restore_model, trainable_parameters
@@ -457,7 +457,10 @@ def test_what_dropout_allows_to_leave_out_and_what_is_told(stage_run, capsys, dr
     assert ("with dropout 0.1 common beginnings and the last layer are computed in full" in told) is bool(of_attention)
 
 
-def test_in_16_bits_on_a_cpu_the_last_layer_is_computed_whole(stage_run):
-    """Where the short cut takes longer (`spares_last_layer`)."""
+def test_in_16_bits_on_a_cpu_products_are_of_few_shapes(stage_run):
+    """The last layer is computed whole, and micro-batches are filled up (`wants_few_shapes`)."""
     assert stage_run(make_stage(FULL, precision="fp32"), "wide").steps.sparing == Sparing()
-    assert stage_run(make_stage(FULL, precision="bf16"), "narrow").steps.sparing == Sparing(last_layer=False)
+    narrow = stage_run(make_stage(FULL, precision="bf16"), "narrow").steps
+    assert narrow.sparing == Sparing(last_layer=False, like_tokens=LIKE_TOKENS)
+    for batch in narrow.micro_batches(0, torch.device("cpu")):
+        assert batch.ids_1T.shape[1] in (narrow.micro_batch_tokens, batch.num_tokens + -batch.num_tokens % LIKE_TOKENS)

@@ -254,7 +254,8 @@ def _told_stage(stage: dict[str, Any], duration: Callable[[float], str], *, is_a
     yield f"                {_most(stage)}"
     if is_alone and stage["hours"] is not None and stage["micro_batch_tokens"] is not None:
         speed = f"{stage['tokens_per_second']:,.0f} tokens a second"
-        yield f"  time          {duration(stage['hours'] * 3600)}: {stage['num_steps']:,} steps, {speed}"
+        changed = ", with the changes below" if stage["changes"] else ""
+        yield f"  time          {duration(stage['hours'] * 3600)}{changed}: {stage['num_steps']:,} steps, {speed}"
     work = f"{stage['petaflops']:,.4g} PFLOP, {stage['gigaflops_per_token']:.4g} GFLOP a token"
     yield f"  work          {work} of {stage['num_tokens']:,}"
     sharded = stage["sharded"]
@@ -267,7 +268,10 @@ def _most(found: dict[str, Any]) -> str:
     """The largest micro-batch that fits, in words."""
     if found["micro_batch_tokens"] is None:
         return "not even one row fits"
-    return "a whole step fits in one" if found.get("holds_step") else f"{_setting(found)} at most"
+    if found.get("holds_step"):
+        return "a whole step fits in one"
+    kept = "" if found["gradient_checkpointing"] else ", activations kept"
+    return f"{_setting(found)} at most{kept}"
 
 
 def _setting(found: dict[str, Any]) -> str:

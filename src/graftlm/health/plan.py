@@ -15,7 +15,7 @@ from graftlm.health.hours import Hours, flops_per_token, hours_of
 from graftlm.health.memory import GIB, Moment, StageSize
 from graftlm.health.row_facts import RowFacts
 from graftlm.health.sharding import WHOLE, Share, peak_of
-from graftlm.model.body import spares_last_layer
+from graftlm.model.body import wants_few_shapes
 from graftlm.model.shapes import Shape
 
 LOOK_ROWS, LOOK_TOKENS = 8, 2048  # as `training/look.py`
@@ -128,7 +128,7 @@ class StagePlan:
 
 def size_of(wish: StageWish, precision: str, is_cpu: bool, budget: int, is_checkpointing: bool) -> StageSize:
     """A stage's size with this budget of tokens a micro-batch."""
-    spares_last = spares_last_layer(is_cpu, precision != "fp32")
+    spares_last = not wants_few_shapes(is_cpu, precision != "fp32")
     how = wish.shares_prefix, wish.num_steps, spares_last
     batch, is_accumulating = wish.rows.fullest(budget, wish.batch_rows, *how)
     look, _ = wish.rows.fullest(max(LOOK_TOKENS, wish.rows.longest), LOOK_ROWS, wish.shares_prefix, 1, spares_last)
@@ -238,7 +238,7 @@ def _hours(wish: StageWish, device: Device, precision: str, budget: int | None, 
     rows_per_batch = max(1.0, (tokens - shared) / max(wish.rows.mean_tokens - shared, 1))
     flops = flops_per_token(
         wish.shape, wish.learns, wish.rows, is_checkpointing=is_checkpointing, rows_per_batch=rows_per_batch,
-        shares_prefix=wish.shares_prefix, spares_last=spares_last_layer(device.is_cpu, precision != "fp32"),
+        shares_prefix=wish.shares_prefix, spares_last=not wants_few_shapes(device.is_cpu, precision != "fp32"),
     )  # fmt: skip
     size = size_of(wish, precision, device.is_cpu, wish.rows.longest, is_checkpointing)
     return hours_of(

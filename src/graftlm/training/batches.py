@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from graftlm.device import Precision
 from graftlm.errors import UserError
+from graftlm.model.body import wants_few_shapes
 from graftlm.model.packed import PackedLayout, make_layout
 from graftlm.text.rows import TokenRows
 
@@ -26,7 +28,7 @@ class Batch:
     """One packed micro-batch: T tokens end to end, N labels; what all rows begin with may lie once at the front.
 
     `labelled_N` are flat positions whose next token is a target, `targets_N` those tokens' ids, `row_N` the place
-    in `row_ids` each label belongs to.
+    in `row_ids` each label belongs to. The last `num_filled` tokens are of no row and only make the number even.
     """
 
     ids_1T: torch.Tensor
@@ -35,11 +37,12 @@ class Batch:
     targets_N: torch.Tensor
     row_N: torch.Tensor
     row_ids: tuple[int, ...]
+    num_filled: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the micro-batch; there is no padding among them."""
-        return self.ids_1T.shape[1]
+        """Tokens of the micro-batch's rows."""
+        return self.ids_1T.shape[1] - self.num_filled
 
 
 def pack(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
@@ -89,19 +92,30 @@ def common_prefix(rows: TokenRows, row_ids: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sparing:
-    """Which work is left out that changes no result.
+    """How work is spared that changes no result.
 
     `prefix`: what all rows of a micro-batch begin with is computed once. `last_layer`: it is computed at labelled
-    positions only.
+    positions only. `like_tokens`: a micro-batch is filled up to a multiple of so many tokens, or to its budget, so that
+    its products are of few shapes.
     """
 
     prefix: bool = True
     last_layer: bool = True
+    like_tokens: int = 1
 
 
 NO_SPARING = Sparing(False, False)
+LIKE_TOKENS = 64
+"""Where few shapes are wanted. A step takes 0.94 to 0.96 of the time with it; 32 and 128 do less (docs/log.md)."""
 # A last layer needed nearly everywhere is not worth picking positions for.
 MOST_LABELLED_SHARE = 0.9
+
+
+def all_sparing(precision: Precision) -> Sparing:
+    """All that spares time where a model computes so and drops nothing out."""
+    is_mixed = precision.compute_dtype.itemsize < torch.float32.itemsize
+    few_shapes = wants_few_shapes(precision.device.type == "cpu", is_mixed)
+    return Sparing(last_layer=not few_shapes, like_tokens=LIKE_TOKENS if few_shapes else 1)
 
 
 def make_batch(
@@ -110,16 +124,19 @@ def make_batch(
     device: torch.device,
     num_shared: int = 0,
     is_last_layer_sparse: bool = False,
+    num_filled: int = 0,
 ) -> Batch:
-    """Lay these rows end to end, the `num_shared` tokens they all begin with once at the front."""
+    """Lay these rows end to end, the `num_shared` tokens they all begin with once at the front, and behind them
+    `num_filled` tokens of no row."""
     pairs = [rows.row(row_id) for row_id in row_ids]
     own = [(ids[num_shared:], is_target[num_shared:]) for ids, is_target in pairs]
+    own += _filling(max((ids for ids, _ in own), key=len), num_filled)
     lengths = [len(ids) for ids, _ in own]
     ids_T = torch.from_numpy(np.concatenate([pairs[0][0][:num_shared], *(ids for ids, _ in own)]).astype(np.int64))
     # A row's first token is never predicted: what precedes it in the pack is another row, or a prefix of many.
     is_target_T = np.concatenate([np.zeros(num_shared, bool), *(np.r_[False, is_target[1:]] for _, is_target in own)])
     labelled_N = torch.from_numpy(np.flatnonzero(is_target_T) - 1)
-    row_T = torch.repeat_interleave(torch.arange(-1, len(pairs)), torch.tensor([num_shared, *lengths]))
+    row_T = torch.repeat_interleave(torch.arange(-1, len(own)), torch.tensor([num_shared, *lengths]))
     is_worth_it = is_last_layer_sparse and len(labelled_N) <= MOST_LABELLED_SHARE * len(ids_T)
     return Batch(
         ids_1T=ids_T[None].to(device),
@@ -128,7 +145,15 @@ def make_batch(
         targets_N=ids_T[labelled_N + 1].to(device),
         row_N=row_T[labelled_N].to(device),
         row_ids=tuple(row_ids),
+        num_filled=num_filled,
     )
+
+
+def _filling(ids: np.ndarray, num_filled: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """So many tokens as rows that nothing is learned from: beginnings of a row that is there, as other tokens could
+    overflow where the row's do not, and nothing times infinity is no number."""
+    lengths = [min(len(ids), num_filled - start) for start in range(0, num_filled, len(ids))]
+    return [(ids[:length], np.zeros(length, bool)) for length in lengths]
 
 
 def idle_batch(device: torch.device) -> Batch:
@@ -151,10 +176,13 @@ def row_batches(
 ) -> list[Batch]:
     """Pack these rows into as few micro-batches as best fit finds."""
     num_shared, packs = _packed(rows, row_ids, budget_tokens, sparing)
-    return [
-        make_batch(rows, [row_ids[place] for place in places], device, num_shared, sparing.last_layer)
-        for places in packs
-    ]
+    batches = []
+    for places in packs:
+        row_ids_here = [row_ids[place] for place in places]
+        num_tokens = num_shared + sum(length - num_shared for length in rows.lengths_of(row_ids_here))
+        num_filled = max(0, min(-num_tokens % sparing.like_tokens, budget_tokens - num_tokens))
+        batches.append(make_batch(rows, row_ids_here, device, num_shared, sparing.last_layer, num_filled))
+    return batches
 
 
 @functools.lru_cache(maxsize=2)

@@ -18,7 +18,7 @@ from graftlm.model.causal import head_weight
 from graftlm.model.loss import target_losses
 from graftlm.run import progress
 from graftlm.text.rows import TokenRows
-from graftlm.training.batches import idle_batch, row_batches
+from graftlm.training.batches import all_sparing, idle_batch, row_batches
 from graftlm.training.ranks import ALONE, Ranks
 
 
@@ -59,7 +59,7 @@ def heldout_losses(
     nats = np.zeros(len(rows))
     num_targets = np.zeros(len(rows), dtype=np.int64)
     budget_tokens = max(budget_tokens, int(rows.lengths.max()))
-    all_batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device)
+    all_batches = row_batches(rows, range(len(rows)), budget_tokens, precision.device, all_sparing(precision))
     batches = all_batches[ranks.rank :: ranks.count]
     if ranks.mesh is not None:  # weights come from all ranks, so all take equally many passes
         batches += [idle_batch(precision.device)] * (-(-len(all_batches) // ranks.count) - len(batches))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from graftlm.device import Precision
-from graftlm.model.body import spares_last_layer
 from graftlm.model.causal import body_of, plain_model, recompute_activations
 from graftlm.model.fp8 import hold_in_fp8
 from graftlm.model.frozen import HeldLayers, hold_frozen_as
@@ -29,7 +28,7 @@ from graftlm.model.rows import lay_rows_together, touch_only_rows_read
 from graftlm.model.sharded import shard_layers
 from graftlm.recipe import Stage
 from graftlm.run import say
-from graftlm.training.batches import NO_SPARING, Sparing
+from graftlm.training.batches import Sparing, all_sparing
 from graftlm.training.ranks import Ranks
 from graftlm.training.trainable import copy_weights, prepare_model, restore_model, trainable_parameters
 
@@ -178,14 +177,12 @@ def sparing_of(stage: Stage, model: Any, precision: Precision, ranks: Ranks) -> 
     In ZeRO-3 not the last layer's: DeepSpeed fetches weights ahead in the order modules were called in, and a rank on
     the short cut beside one that is not (an idle one, or one with nearly all positions labelled) would never meet it.
     """
+    every = all_sparing(precision)
     of_attention = getattr(plain_model(model).config, "attention_dropout", 0.0)
     if of_attention:
         say(f"{stage.name}: with dropout {of_attention:g} common beginnings and the last layer are computed in full")
-        return NO_SPARING
+        return replace(every, prefix=False, last_layer=False)
     dropout = getattr(stage.trains, "dropout", 0.0)
     if dropout:
         say(f"{stage.name}: with dropout {dropout:g} each row computes the common beginning for itself")
-    # In 16 bits on a CPU it would take longer (`model/body.py`), which is no reason to tell of.
-    is_mixed = precision.compute_dtype.itemsize < torch.float32.itemsize
-    spares_last = spares_last_layer(precision.device.type == "cpu", is_mixed) and ranks.zero_stage != 3
-    return Sparing(prefix=not dropout, last_layer=spares_last)
+    return replace(every, prefix=not dropout, last_layer=every.last_layer and ranks.zero_stage != 3)
