@@ -34,8 +34,8 @@ FROZEN = {
     "nf4": "frozen weights in 4 bits",
 }
 KERNELS = "kernels of products in 16 bits"
-KERNEL_BYTES = 32 * 2**20
-"""What oneDNN keeps of them on a CPU: 8 MB (new rows) to 78 MB (LoRA) over two steps, measured (docs/log.md)."""
+KERNEL_BYTES = {"full": 32 * 2**20, "lora": 48 * 2**20, "new-rows": 8 * 2**20}
+"""What oneDNN keeps of them on a CPU: adapters have the most shapes, frozen layers the fewest (measured: docs/log.md)."""
 HELD = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32", KERNELS)
 """Items that lie there between passes too."""
 
@@ -192,7 +192,7 @@ def _held(size: StageSize, gradients: int, has_moments: bool = True) -> dict[str
         "adapter fp32": size.adapter_parameters * WIDE,
         "gradients fp32": gradients,
         "Adam's moments fp32": 2 * WIDE * size.learning_parameters if has_moments else 0,
-        KERNELS: KERNEL_BYTES if size.compute.is_cpu and size.compute.is_mixed else 0,
+        KERNELS: KERNEL_BYTES[size.learns.kind] if size.compute.is_cpu and size.compute.is_mixed else 0,
     }
     return {name: num_bytes for name, num_bytes in items.items() if num_bytes}
 
