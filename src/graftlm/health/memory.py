@@ -35,7 +35,7 @@ FROZEN = {
 }
 KERNELS = "kernels of products in 16 bits"
 KERNEL_BYTES = {"full": 32 * 2**20, "lora": 48 * 2**20, "new-rows": 8 * 2**20}
-"""What oneDNN keeps of them on a CPU: adapters have the most shapes, frozen layers the fewest (measured: docs/log.md)."""
+"""What oneDNN keeps of them on a CPU, measured (docs/log.md): adapters have most shapes, frozen layers fewest."""
 HELD = ("weights fp32", *FROZEN.values(), "adapter fp32", "gradients fp32", "Adam's moments fp32", KERNELS)
 """Items that lie there between passes too."""
 
