@@ -22,6 +22,7 @@ from graftlm.training.batches import (
     row_batches,
 )
 from graftlm.training.loop import response_loss_sum
+from graftlm.training.replay import _row_at
 from tests.training.tiny_training import exact_norms, tiny_model
 
 CPU = torch.device("cpu")
@@ -141,6 +142,17 @@ def test_a_micro_batch_is_filled_up_to_a_multiple_or_to_its_budget(budget: int, 
         added = batch.ids_1T[0, batch.num_tokens :].tolist()
         longest = max((FRAMED.row(row_id)[0][batch.layout.num_shared :].tolist() for row_id in batch.row_ids), key=len)
         assert added == (longest * 8)[: len(added)]
+
+
+@pytest.mark.parametrize("sparing", [Sparing(like_tokens=64), Sparing(prefix=False, like_tokens=64)])
+def test_every_token_of_a_filled_micro_batch_is_some_rows(sparing: Sparing) -> None:
+    """So that a number that is not finite is told of a row, wherever it is met first."""
+    steps = Steps(FRAMED, batch_rows=3, micro_batch_tokens=64, epochs=1, seed=0, sparing=sparing)
+    (batch,) = steps.micro_batches(0, CPU)
+    assert batch.ids_1T.shape[1] == 64
+    for place, (token, position) in enumerate(zip(batch.ids_1T[0], batch.layout.positions_1T[0], strict=True)):
+        row_id, at = _row_at(steps, batch, place)
+        assert (FRAMED.row(row_id)[0][at], at) == (token, position)
 
 
 @pytest.mark.parametrize("budget", [9, 12, 64])

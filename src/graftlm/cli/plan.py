@@ -269,7 +269,7 @@ def _most(found: dict[str, Any]) -> str:
     if found["micro_batch_tokens"] is None:
         return "not even one row fits"
     if found.get("holds_step"):
-        return "a whole step fits in one"
+        return "at most a whole step in one"
     kept = "" if found["gradient_checkpointing"] else ", activations kept"
     return f"{_setting(found)} at most{kept}"
 

@@ -96,7 +96,7 @@ class Sparing:
 
     `prefix`: what all rows of a micro-batch begin with is computed once. `last_layer`: it is computed at labelled
     positions only. `like_tokens`: a micro-batch is filled up to a multiple of so many tokens, or to its budget, so that
-    its products are of few shapes.
+    its products are of few shapes; dropout of adapters then draws other places.
     """
 
     prefix: bool = True

@@ -215,7 +215,10 @@ def _flat_place(batch: Batch, bad: BadTensor) -> int:
 
 
 def _row_at(steps: Steps, batch: Batch, place: int) -> tuple[int, int]:
-    """The row a place of the packed micro-batch belongs to, and its place there; the shared prefix is the first's."""
+    """The row a place of the packed micro-batch belongs to, and its place there; the shared prefix is the first's.
+
+    What the micro-batch is filled up with repeats its longest row.
+    """
     shared = batch.layout.num_shared
     if place < shared:
         return batch.row_ids[0], place
@@ -225,4 +228,6 @@ def _row_at(steps: Steps, batch: Batch, place: int) -> tuple[int, int]:
         if place < begins + own:
             return row_id, place - begins + shared
         begins += own
-    raise AssertionError(f"no token {place} in a micro-batch of {batch.num_tokens}")
+    assert place < begins + batch.num_filled, f"no token {place} in a micro-batch of {batch.num_tokens}"
+    longest = max(batch.row_ids, key=lambda row_id: steps.rows.lengths_of([row_id])[0])
+    return longest, (place - begins) % (steps.rows.lengths_of([longest])[0] - shared) + shared
