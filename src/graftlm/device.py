@@ -26,6 +26,15 @@ MAX_SKIPS_IN_A_ROW = 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def wants_few_shapes(is_cpu: bool, is_mixed: bool) -> bool:
+    """Whether a product of a new shape costs more than one of a known shape and some rows more.
+
+    It does in 16 bits on a CPU: oneDNN makes a kernel for every shape it meets, 4 to 20 ms each, and keeps few
+    (`malloc.py`; measured: docs/log.md).
+    """
+    return is_cpu and is_mixed
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` takes CUDA where there is one. Raises UserError when `cuda` is asked for and missing."""
     if name == "auto":

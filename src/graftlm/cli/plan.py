@@ -254,7 +254,7 @@ def _told_stage(stage: dict[str, Any], duration: Callable[[float], str], *, is_a
     yield f"                {_most(stage)}"
     if is_alone and stage["hours"] is not None and stage["micro_batch_tokens"] is not None:
         speed = f"{stage['tokens_per_second']:,.0f} tokens a second"
-        changed = ", with the changes below" if stage["changes"] else ""
+        changed = f" with {' '.join(stage['changes'])}" if stage["changes"] else ""
         yield f"  time          {duration(stage['hours'] * 3600)}{changed}: {stage['num_steps']:,} steps, {speed}"
     work = f"{stage['petaflops']:,.4g} PFLOP, {stage['gigaflops_per_token']:.4g} GFLOP a token"
     yield f"  work          {work} of {stage['num_tokens']:,}"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from graftlm.device import wants_few_shapes
 from graftlm.health.activations import Compute, Learns
 from graftlm.health.devices import Device, precision_told
 from graftlm.health.hours import Hours, flops_per_token, hours_of
 from graftlm.health.memory import GIB, Moment, StageSize
 from graftlm.health.row_facts import RowFacts
 from graftlm.health.sharding import WHOLE, Share, peak_of
-from graftlm.model.body import wants_few_shapes
 from graftlm.model.shapes import Shape
 
 LOOK_ROWS, LOOK_TOKENS = 8, 2048  # as `training/look.py`

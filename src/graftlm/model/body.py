@@ -19,15 +19,6 @@ from graftlm.model.causal import body_of
 from graftlm.model.packed import PackedLayout, attends_packed
 
 
-def wants_few_shapes(is_cpu: bool, is_mixed: bool) -> bool:
-    """Whether a product of a new shape costs more than one of a known shape and some rows more.
-
-    It does in 16 bits on a CPU: oneDNN makes a kernel of some milliseconds for every shape it meets (measured:
-    docs/log.md). There the short cut is not worth it, as labelled positions are another number in each micro-batch.
-    """
-    return is_cpu and is_mixed
-
-
 def labelled_hidden_states(
     model: torch.nn.Module, ids_1T: torch.Tensor, layout: PackedLayout, labelled_N: torch.Tensor
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from graftlm.device import wants_few_shapes
 from graftlm.model.rows import joined
 
 # By device. Larger chunks make better products and hold more memory; soft-max and sums, in float32, go through a chunk
@@ -23,8 +24,7 @@ from graftlm.model.rows import joined
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
 LIKE_ROWS = 32
-"""In 16 bits on a CPU a chunk has a multiple of so many positions, the last of them zeros: for every shape it meets
-oneDNN makes a kernel, which takes milliseconds, and it keeps few (`malloc.py`)."""
+"""Where few shapes are wanted a chunk has a multiple of so many positions, the last of them zeros."""
 
 
 def chunk_rows(num_vocab_rows: int, logit_bytes: int, device_type: str) -> int:
@@ -104,7 +104,7 @@ def chunks_of(count: int, num_vocab_rows: int, logit_bytes: int, device_type: st
     chunks, with the zeros that the last is filled up with."""
     most = chunk_rows(num_vocab_rows, logit_bytes, device_type)
     size = -(-count // max(1, -(-count // most)))
-    if device_type == "cpu" and logit_bytes < torch.float32.itemsize:
+    if wants_few_shapes(device_type == "cpu", logit_bytes < torch.float32.itemsize):
         size = -(-size // LIKE_ROWS) * LIKE_ROWS
     return size, count + (-count % size if size else 0)
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from graftlm.device import Precision
+from graftlm.device import Precision, wants_few_shapes
 from graftlm.errors import UserError
-from graftlm.model.body import wants_few_shapes
 from graftlm.model.packed import PackedLayout, make_layout
 from graftlm.text.rows import TokenRows
 
@@ -114,6 +113,7 @@ MOST_LABELLED_SHARE = 0.9
 def all_sparing(precision: Precision) -> Sparing:
     """All that spares time where a model computes so and drops nothing out."""
     is_mixed = precision.compute_dtype.itemsize < torch.float32.itemsize
+    # Labelled positions, where the last layer's short cut is taken, are another number in each micro-batch.
     few_shapes = wants_few_shapes(precision.device.type == "cpu", is_mixed)
     return Sparing(last_layer=not few_shapes, like_tokens=LIKE_TOKENS if few_shapes else 1)
 
