@@ -70,6 +70,44 @@ def test_another_backward_factor_than_expected_is_still_right() -> None:
     assert torch.allclose(fused, hidden.grad, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), TOLERANCE)
+@pytest.mark.parametrize("learns", [(True, True), (False, True)])
+def test_a_second_micro_batch_adds_to_the_gradient_that_lies_there(
+    dtype: torch.dtype, rtol: float, learns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as much memory would be a second matrix of the head's size."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 16 * 4 * 50)
+    torch.manual_seed(0)
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    micro_batches = [(torch.randn(count, 12, dtype=master), torch.randint(0, 50, (count,))) for count in (40, 0, 23)]
+    whole = torch.randn(50, 12, dtype=master)
+
+    def gradients(adds_to_grads: bool) -> list[torch.Tensor | None]:
+        parts = [rows.clone().requires_grad_(own) for rows, own in zip(whole.split((13, 37)), learns, strict=True)]
+        places = []
+        for hidden, targets in micro_batches:
+            loss = linear_cross_entropy_sum(hidden, parts, targets, dtype, 0.5, adds_to_grads=adds_to_grads)
+            (loss * 0.5).backward()
+            places.append([None if part.grad is None else part.grad.data_ptr() for part in parts])
+        assert not adds_to_grads or places[0] == places[1] == places[2]
+        return [part.grad for part in parts]
+
+    for found, plain, is_learning in zip(gradients(True), gradients(False), learns, strict=True):
+        assert (found is not None) == is_learning
+        if found is not None:
+            assert found.dtype == plain.dtype
+            assert (found - plain).norm() <= rtol * plain.norm()
+
+
+def test_another_factor_than_that_of_a_gradient_added_to_is_refused() -> None:
+    hidden, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 4])
+    weight = torch.randn(7, 4, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    loss = linear_cross_entropy_sum(hidden, [weight], targets, torch.float32, adds_to_grads=True)
+    with pytest.raises(RuntimeError, match="factor"):
+        (loss * 0.5).backward()
+
+
 def test_no_label_gives_zero_not_nan() -> None:
     """B3: a batch without labels."""
     hidden = torch.randn(0, 4, requires_grad=True)

@@ -125,9 +125,10 @@ def test_a_bad_batch_touches_nothing_and_does_not_move_the_schedule(monkeypatch:
     real, seen, rates = loop_module.response_loss_sum, [], []
     model = trainable_model(torch.float32)
 
-    def spoiled(*given):
-        loss = real(*given)
-        return loss * math.nan if len(seen) == 1 and not rates[1:] else loss
+    def spoiled(model, *given, **how):
+        loss = real(model, *given, **how)
+        is_bad = len(seen) == 1 and not rates[1:]
+        return loss + math.nan * next(model.parameters()).sum() if is_bad else loss
 
     def rate(num_updates: int) -> float:
         rates.append(num_updates)

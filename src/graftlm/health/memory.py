@@ -254,11 +254,17 @@ def _layer_gradients(size: StageSize) -> int:
 
 
 def _loss_bytes(size: StageSize) -> int:
-    """The head while the loss is taken: its matrix in 16 bits, its gradient, a chunk of logits, hidden states."""
+    """The head while the loss is taken: its matrix in 16 bits, its gradient where none lies there to add it to, a chunk
+    of logits, hidden states."""
     narrow = size.compute.num_bytes if size.compute.is_mixed else 0
-    gradient = size.learning_rows * size.shape.hidden_size * WIDE
+    gradient = 0 if size.is_accumulating else head_gradient_bytes(size)
     hidden = size.batch.num_labels * size.shape.hidden_size * (WIDE + narrow)
     return _head_bytes(size) + gradient + hidden + _chunk_bytes(size)
+
+
+def head_gradient_bytes(size: StageSize) -> int:
+    """The gradient of the head's learning rows in float32."""
+    return size.learning_rows * size.shape.hidden_size * WIDE
 
 
 def _head_bytes(size: StageSize) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from graftlm.health.activations import WIDE
-from graftlm.health.memory import FROZEN, Moment, StageSize, moments, peak
+from graftlm.health.memory import FROZEN, Moment, StageSize, head_gradient_bytes, moments, peak
 
 COPIES = "copies of weights in 16 bits"
 FULL_PASSES = ("forward", "held-out reading")
@@ -75,6 +75,8 @@ def moments_with_zero(size: StageSize, num_ranks: int, are_weights_cut: bool) ->
             items.pop(FROZEN["exact"], None)  # not held in 16 bits
             items["weights fp32, cut"] = -(-size.shape.num_parameters * WIDE // num_ranks)
         items["DeepSpeed's own weights, and gradients twice"] = 3 * own
+        if moment.name == "loss":  # no gradient of an earlier micro-batch lies at the head
+            items["head and loss"] += head_gradient_bytes(size)
         yield Moment(moment.name, items)
 
 

@@ -10,7 +10,6 @@ Shapes: N labelled positions, C positions of a chunk, V rows of the head, H hidd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T`, with gradients computed chunk by chunk in the forward.
 
     `expected_grad` is the factor backward will be called with (loss scale over number of labels). Taking it into
-    the chunk keeps small probabilities alive in fp16: without it they would be flushed to zero before scaling.
+    the chunk keeps small probabilities alive in fp16: without it they would be flushed to zero before scaling. Gradients
+    that were added to others in forward are bound to it.
     Source: the chunked fusion is that of Liger-Kernel, arXiv 2410.10989.
     """
 
@@ -52,14 +52,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         targets_N: torch.Tensor,
         compute_dtype: torch.dtype,
         expected_grad: float,
+        adds_to_grads: bool,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        needs_hidden, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        learned, ctx.rows_of = _learned_rows([len(weight) for weight in weights], needs_weights)
-        needs_weight, weight_VH = any(needs_weights), joined(weights)
+        needs_hidden, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         wide = torch.promote_types(compute_dtype, torch.float32)
-        hidden, weight = hidden_NH.to(compute_dtype), weight_VH.to(compute_dtype)
-        grad_weight = torch.empty_like(weight[learned], dtype=wide) if needs_weight else None
+        hidden, weight = hidden_NH.to(compute_dtype), joined(weights).to(compute_dtype)
+        lying, made = _gradients_of(weights, needs_weights, wide, adds_to_grads)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Rounded as backward's own factor will be, so that the two compare equal.
         expected = torch.tensor(expected_grad, dtype=wide, device=hidden.device)
@@ -68,6 +67,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             hidden = torch.nn.functional.pad(hidden, (0, 0, 0, filled - len(hidden)))
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         logits_CV = hidden.new_empty(size, len(weight))
+        own_columns = logits_CV.split([len(part) for part in weights], dim=1)
         for start in range(0, len(hidden), size or 1):
             hidden_CH, targets_C = hidden[start : start + size], targets_N[start : start + size]
             torch.mm(hidden_CH, weight.T, out=logits_CV)
@@ -76,27 +76,44 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_CV[len(targets_C) :] = 0.0  # of the zeros the last chunk is filled up with
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight, out=grad_hidden[start : start + size])
-            if grad_weight is not None:
-                _add_product_(grad_weight, grad_CV[:, learned].T, hidden_CH, is_first=start == 0)
-        if grad_weight is not None and not len(hidden):
-            grad_weight.zero_()
-        grad_hidden = None if grad_hidden is None else grad_hidden[: len(targets_N)]
-        ctx.expected = expected
-        ctx.hidden_dtype = hidden_NH.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            for grad_CR, lying_RH, made_RH in zip(own_columns, lying, made, strict=True):
+                if lying_RH is not None:
+                    _add_product_(lying_RH, grad_CR.T, hidden_CH, is_first=False)
+                elif made_RH is not None:
+                    _add_product_(made_RH, grad_CR.T, hidden_CH, is_first=start == 0)
+        if not len(hidden):
+            made = [None if gradient is None else gradient.zero_() for gradient in made]
+        ctx.expected, ctx.hidden_dtype = expected, hidden_NH.dtype
+        ctx.is_bound = any(gradient is not None for gradient in lying)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden[: len(targets_N)], *made)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        gradients = ctx.saved_tensors
         factor = (grad_outputs[0] / ctx.expected).item()
         if factor != 1.0:
-            grad_hidden = None if grad_hidden is None else grad_hidden * factor
-            grad_weight = None if grad_weight is None else grad_weight * factor
+            if ctx.is_bound:
+                raise RuntimeError("backward's factor is not the one by which gradients were added up in forward")
+            gradients = tuple(None if gradient is None else gradient * factor for gradient in gradients)
+        grad_hidden, *made = gradients
         grad_hidden = None if grad_hidden is None else grad_hidden.to(ctx.hidden_dtype)
         # Not in the weights' dtype: one held in 16 bits may have a gradient in 32 (`model/halves.py`). Autograd knows.
-        parts = (None if rows is None or grad_weight is None else grad_weight[rows] for rows in ctx.rows_of)
-        return (grad_hidden, None, None, None, *parts)
+        return (grad_hidden, None, None, None, None, *made)
+
+
+def _gradients_of(
+    weights: Sequence[torch.Tensor], needed: Sequence[bool], wide: torch.dtype, adds_to_grads: bool
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """For each part of the head the gradient that lies there and is added to, or room for one; neither for a frozen."""
+    lying: list[torch.Tensor | None] = [None] * len(weights)
+    made = list(lying)
+    for place, (weight, is_needed) in enumerate(zip(weights, needed, strict=True)):
+        if is_needed and adds_to_grads and weight.grad is not None and weight.grad.dtype == wide:
+            lying[place] = weight.grad
+        elif is_needed:
+            made[place] = torch.empty_like(weight, dtype=wide)
+    return lying, made
 
 
 def chunks_of(count: int, num_vocab_rows: int, logit_bytes: int, device_type: str) -> tuple[int, int]:
@@ -144,33 +161,26 @@ def _add_product_(total_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch
         total_RH.copy_(product_RH) if is_first else total_RH.add_(product_RH)
 
 
-def _learned_rows(counts: Sequence[int], needed: Sequence[bool]) -> tuple[slice, list[slice | None]]:
-    """The span of rows that holds every part that learns, and where in that span each such part lies."""
-    ends = list(accumulate(counts))
-    spans = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
-    learned = [span for span, is_needed in zip(spans, needed, strict=True) if is_needed]
-    first, last = (learned[0][0], learned[-1][1]) if learned else (0, 0)
-    rows_of = [
-        slice(start - first, end - first) if is_needed else None
-        for (start, end), is_needed in zip(spans, needed, strict=True)
-    ]
-    return slice(first, last), rows_of
-
-
 def linear_cross_entropy_sum(
     hidden_NH: torch.Tensor,
     head_rows: Sequence[torch.Tensor],
     targets_N: torch.Tensor,
     compute_dtype: torch.dtype,
     expected_grad: float = 1.0,
+    *,
+    adds_to_grads: bool = False,
 ) -> torch.Tensor:
     """Summed cross-entropy (nats) of the head's logits against `targets_N`; zero when there is no target.
 
     The head's matrix VH comes in parts, one above the other; a part that does not learn costs no gradient.
     Matrix products run in `compute_dtype`, soft-max and sum in float32 or wider. Backward may be called once.
+    `adds_to_grads`: a part's gradient is added in forward to the wide one that lies at it already, as a second one
+    would take as much memory again; backward must follow, with just `expected_grad`. Raises RuntimeError there if not.
     """
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return _LinearCrossEntropySum.apply(hidden_NH, targets_N, compute_dtype, expected_grad, *head_rows)
+        return _LinearCrossEntropySum.apply(
+            hidden_NH, targets_N, compute_dtype, expected_grad, adds_to_grads, *head_rows
+        )
 
 
 @torch.no_grad()

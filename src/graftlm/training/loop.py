@@ -47,13 +47,23 @@ class StepRecord:
 
 
 def response_loss_sum(
-    model: torch.nn.Module, batch: Batch, precision: Precision, expected_grad: float = 1.0
+    model: torch.nn.Module,
+    batch: Batch,
+    precision: Precision,
+    expected_grad: float = 1.0,
+    *,
+    adds_to_grads: bool = False,
 ) -> torch.Tensor:
-    """Summed cross-entropy (nats) over the micro-batch's labels."""
+    """Summed cross-entropy (nats) over the micro-batch's labels; arguments as `linear_cross_entropy_sum` takes them."""
     with precision.autocast():
         hidden_NH = labelled_hidden_states(model, batch.ids_1T, batch.layout, batch.labelled_N)
     return linear_cross_entropy_sum(
-        hidden_NH, head_rows(model), batch.targets_N, precision.compute_dtype, expected_grad
+        hidden_NH,
+        head_rows(model),
+        batch.targets_N,
+        precision.compute_dtype,
+        expected_grad,
+        adds_to_grads=adds_to_grads,
     )
 
 
@@ -64,7 +74,7 @@ def take_passes(model: torch.nn.Module, batches: Sequence[Batch], precision: Pre
     """
     loss_sum = 0.0
     for batch in batches:
-        loss = response_loss_sum(model, batch, precision, factor)
+        loss = response_loss_sum(model, batch, precision, factor, adds_to_grads=True)
         (loss * factor).backward()
         loss_sum += loss.item()
     return loss_sum
