@@ -40,8 +40,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T`, with gradients computed chunk by chunk in the forward.
 
     `expected_grad` is the factor backward will be called with (loss scale over number of labels). Taking it into
-    the chunk keeps small probabilities alive in fp16: without it they would be flushed to zero before scaling. Gradients
-    that were added to others in forward are bound to it.
+    the chunk keeps small probabilities alive in fp16: without it they would be flushed to zero before scaling.
+    Gradients that were added to others in forward are bound to it.
     Source: the chunked fusion is that of Liger-Kernel, arXiv 2410.10989.
     """
 
