@@ -226,7 +226,7 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
         yield f"  host memory   {found['host_gib']:.1f} GiB to load the model and to save checkpoints"
     for stage in found["stages"]:
         yield ""
-        yield from _told_stage(stage, duration, is_alone=found["cluster"] is None)
+        yield from _told_stage(stage, duration, device["memory_gib"], is_alone=found["cluster"] is None)
     if found["hazards"]:
         yield from ("", "To know before")
         for hazard in found["hazards"]:
@@ -243,8 +243,11 @@ def _next(found: dict[str, Any], recipe: Path) -> Iterator[str]:
         yield f"Try     graftlm run {recipe} {' '.join(found['changes'])}"
 
 
-def _told_stage(stage: dict[str, Any], duration: Callable[[float], str], *, is_alone: bool) -> Iterator[str]:
-    verdict = "fits" if stage["fits"] else "does not fit as it is"
+def _told_stage(
+    stage: dict[str, Any], duration: Callable[[float], str], memory_gib: float, *, is_alone: bool
+) -> Iterator[str]:
+    refused = "does not fit as it is" if stage["peak_gib"] > memory_gib else "does not run as it is (see below)"
+    verdict = "fits" if stage["fits"] else refused
     title = f"{stage['name']} ({stage['trains']}, {stage['precision']})"
     yield f"{title}: {verdict}, {stage['peak_gib']:.2f} GiB at its {stage['peak_at']}"
     for name, gib in sorted(stage["items"].items(), key=lambda item: -item[1]):
