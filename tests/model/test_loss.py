@@ -108,6 +108,14 @@ def test_another_factor_than_that_of_a_gradient_added_to_is_refused() -> None:
         (loss * 0.5).backward()
 
 
+def test_where_no_backward_can_follow_no_gradient_is_touched() -> None:
+    weight = torch.randn(7, 4, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    with torch.no_grad():
+        linear_cross_entropy_sum(torch.randn(5, 4), [weight], torch.arange(5), torch.float32, adds_to_grads=True)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_no_label_gives_zero_not_nan() -> None:
     """B3: a batch without labels."""
     hidden = torch.randn(0, 4, requires_grad=True)

@@ -214,6 +214,8 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
         "fits as it is" if found["fits"] else "fits when changed" if found["fits_when_changed"] else "does not fit"
     )
     where = "one" if found["num_parts"] == 1 else f"each of {found['num_devices']}"
+    if not found["fits_when_changed"] and found["sharded"] is not None and found["sharded"]["fits"]:
+        verdict += f"; shared out over {found['num_devices']} (ranks.shard=full) it does, predicted"
     yield f"{found['recipe']} on {where} {device['title']} ({device['memory_gib']:.1f} GiB): {verdict}"
     yield f"  parameters    {found['num_parameters']:,} with {found['num_rows']:,} rows"
     if found["cluster"] is None and found["hours"] is not None:

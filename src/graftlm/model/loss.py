@@ -177,6 +177,7 @@ def linear_cross_entropy_sum(
     `adds_to_grads`: a part's gradient is added in forward to the wide one that lies at it already, as a second one
     would take as much memory again; backward must follow, with just `expected_grad`. Raises RuntimeError there if not.
     """
+    adds_to_grads = adds_to_grads and torch.is_grad_enabled()  # else no backward can follow
     with torch.autocast(hidden_NH.device.type, enabled=False):
         return _LinearCrossEntropySum.apply(
             hidden_NH, targets_N, compute_dtype, expected_grad, adds_to_grads, *head_rows

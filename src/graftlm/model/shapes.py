@@ -155,6 +155,10 @@ def _from_hub(name: str) -> tuple[Shape, str]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if Path(name).is_absolute():
+        raise UserError(
+            f"{name} is not there: no such folder.", "Give base.model a folder with a config.json, or a hub id."
+        )
     try:
         path = Path(hf_hub_download(name, "config.json"))
         return shape_of(json.loads(path.read_text(encoding="utf-8")), f"{name}/config.json"), f"{name} on the hub"
