@@ -55,7 +55,7 @@ def test_a_plan_to_read_names_the_command_that_follows(run: Run) -> None:
 def test_eight_v100_are_predicted_and_one_is_told_not_to_do(run: Run) -> None:
     code, out, err = run(CARD, "--on", "v100-32", "--gpus", "8")
     assert (code, err) == (0, "")
-    assert "(31.7 GiB): does not fit\n" in out
+    assert "(31.7 GiB): does not fit; shared out over 8 (ranks.shard=full) it does, predicted\n" in out
     assert "not even one row fits" in out
     assert "sharded       predicted, over 8: 2" in out
     assert out.count("  data parallel does not fit") == 1  # of two stages: the other fits one device
