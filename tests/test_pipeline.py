@@ -433,7 +433,7 @@ def test_fp8_without_such_a_gpu_is_refused_before_the_first_step(tmp_path: Path)
 def test_a_stage_that_is_done_asks_for_no_fp8_any_more(finished: Path, run: Path, monkeypatch) -> None:
     """Its run may be finished where there is no such GPU."""
     asked: list[str] = []
-    monkeypatch.setattr("graftlm.pipeline.refuse_fp8_where_it_cannot_be", lambda _, place, device: asked.append(place))
+    monkeypatch.setattr("graftlm.feasible.refuse_fp8_where_it_cannot_be", lambda _, place, device: asked.append(place))
     recipe = load_recipe(finished / "tiny.yaml")
     run_recipe(recipe, run)
     assert asked == []

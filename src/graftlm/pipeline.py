@@ -17,9 +17,14 @@ from typing import Any, get_args
 
 from graftlm.device import machine_name, use_all_cores
 from graftlm.errors import NumericalStop, UserError
+from graftlm.feasible import (
+    PRETRAINING,
+    refuse_rows_that_may_come,
+    refuse_what_cannot_be_computed,
+    refuse_what_surely_does_not_fit,
+)
 from graftlm.health.autopsy import Autopsy, autopsy
 from graftlm.inputs import check_inputs, inputs_of
-from graftlm.model.pointwise import compiled
 from graftlm.recipe import Recipe
 from graftlm.release.autopsy_page import HEALTH, write_autopsy
 from graftlm.release.card import Form, write_card
@@ -31,7 +36,6 @@ from graftlm.step import STARTED, Order, Step, fingerprint, make_order
 from graftlm.talk.generate import model_of_run
 from graftlm.text.first_look import look_at_dialogues, look_at_lines, look_at_texts
 from graftlm.text.rows import FORMAT_VERSION
-from graftlm.training.precision import refuse_fp8_where_it_cannot_be
 from graftlm.training.ranks import ALONE, Ranks
 
 EARLIER = "earlier"
@@ -132,8 +136,6 @@ def _begun(
         walk.refuse_lost_training(orders)
         walk.look_at_inputs(orders)
         walk.refuse_impossible_stages(orders)
-        if any(stage.compile for stage in recipe.stages):
-            compiled(walk.road.device.type)  # what cannot be compiled here is told now, not after hours of data
         run.write_recipe(recipe.model_dump(mode="json"), _inputs(orders))
         yield walk, orders
 
@@ -256,11 +258,17 @@ class _Walk:
         One that is done asks for nothing any more: its run may be finished on another machine.
         """
         recipe, due, device = self.road.recipe, self.due(orders), self.road.device
-        if recipe.base.scratch and "0-scratch" in due:
-            refuse_fp8_where_it_cannot_be(recipe.base.scratch.training, "base.scratch.training", device)
+        scratch, stages = recipe.base.scratch, {}
+        if scratch and "0-scratch" in due:
+            stages[PRETRAINING] = scratch.training
         for number, stage in enumerate(recipe.stages):
             if self.road.stage_folder(number).name in due:
-                refuse_fp8_where_it_cannot_be(stage, f"stages.{stage.name}", device)
+                stages[f"stages.{stage.name}"] = stage
+        refuse_what_cannot_be_computed(stages, device)
+        if PRETRAINING in stages:
+            refuse_rows_that_may_come(recipe, stages)
+        rows = None if "3-data" in due else self.folder
+        refuse_what_surely_does_not_fit(recipe, stages, device, self.road.ranks, rows)
 
     def due(self, orders: dict[str, Order]) -> set[str]:
         """Names of the steps that are not done as ordered. Raises UserError for a damaged one."""

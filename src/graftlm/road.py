@@ -15,6 +15,7 @@ import torch
 
 from graftlm.device import DTYPES, pick_device
 from graftlm.errors import UserError
+from graftlm.feasible import refuse_what_surely_does_not_fit
 from graftlm.health.finding import Finding
 from graftlm.health.look import Look
 from graftlm.inputs import new_language_texts
@@ -156,9 +157,11 @@ class Road:
         """The step that trains stage `number` (from 0)."""
 
         def work(step: Step) -> Facts:
-            # Of the stages to come too: what their rows show to be wrong is told before hours of this one.
-            for later in self.recipe.stages[number + 1 :]:
-                refuse_rows_beyond(self._rows_of(later), later.micro_batch_tokens, f"{later.name}: ")
+            # Of the stages to come too: what is wrong with them is told before hours of this one.
+            later = {f"stages.{stage.name}": stage for stage in self.recipe.stages[number + 1 :]}
+            for stage in later.values():
+                refuse_rows_beyond(self._rows_of(stage), stage.micro_batch_tokens, f"{stage.name}: ")
+            refuse_what_surely_does_not_fit(self.recipe, later, self.device, self.ranks, self.folder)
             training = self._stage_run(number, self.model_before(number), step.folder)
             training.run()
             facts = training.facts()

@@ -58,10 +58,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or ())
     from graftlm.cli.plan_cluster import cluster_of, cluster_result, cluster_told
-    from graftlm.cli.plan_inputs import wishes_of, with_tokens
     from graftlm.health.hazards import hazards_of
     from graftlm.health.plan import plan_stage
     from graftlm.health.sharding import WHOLE
+    from graftlm.plan_inputs import wishes_of, with_tokens
 
     device, num_devices = _device(loaded, on), gpus * nodes
     cluster = cluster_of(device, gpus, nodes, network, failures, checkpoint_seconds, checkpoint_every)

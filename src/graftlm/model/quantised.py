@@ -23,6 +23,11 @@ BYTES_A_NUMBER = {"int8": 1 + 4 / BLOCK["int8"], "nf4": 0.5 + 4 / BLOCK["nf4"]}
 """Of a held matrix: its codes, and a float32 a block."""
 
 
+def require_bitsandbytes() -> None:
+    """Raises UserError where bitsandbytes is missing."""
+    _bitsandbytes()
+
+
 class QuantisedLinear(nn.Module):
     """A frozen linear layer whose weight is held in `bits`. Raises UserError where bitsandbytes is missing."""
 

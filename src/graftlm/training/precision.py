@@ -24,16 +24,21 @@ def make_precision(
     Raises UserError for bf16 on a GPU without it.
     """
     name = begun_in or (fastest_precision(device) if stage.precision == "auto" else stage.precision)
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise UserError(
-            f"Stage {stage.name} asks for bf16, which {torch.cuda.get_device_name(device)} does not compute.",
-            "Set precision: fp16 (weights stay fp32, the loss is scaled) or fp32.",
-        )
+    refuse_bf16_where_it_cannot_be(name, f"stages.{stage.name}", device)
     rule = stage.loss_scale
     scaler = None
     if name == "fp16":
         scaler = LossScaler(rule.initial, rule.growth_interval, rule.hysteresis, rule.floor)
     return Precision(DTYPES[name], device, scaler, keeps_copies=keeps_copies)
+
+
+def refuse_bf16_where_it_cannot_be(precision: str, place: str, device: torch.device) -> None:
+    """Raises UserError where a stage, at `place` in the recipe, asks for bf16 and this GPU does not compute it."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError(
+            f"{place}.precision is bf16, which {torch.cuda.get_device_name(device)} does not compute.",
+            f"Run it with {place}.precision=fp16 (weights stay fp32, the loss is scaled) or {place}.precision=fp32.",
+        )
 
 
 def refuse_fp8_where_it_cannot_be(stage: Stage, place: str, device: torch.device) -> None:

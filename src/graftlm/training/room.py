@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from graftlm.device import Precision, available_memory_bytes, memory_here_bytes
 from graftlm.health.activations import WIDE, Learns
-from graftlm.health.devices import device_here
+from graftlm.health.devices import device_here, precision_told
 from graftlm.health.finding import Finding
 from graftlm.health.memory import GIB, StageSize
 from graftlm.health.plan import StageWish, plan_stage, size_of, with_overhead
@@ -75,19 +76,29 @@ def memory_finding(
 
     `ranks` train it together.
     """
-    there = memory_here_bytes(precision.device, ranks.local_count)
+    return memory_of(_prepared(model, stage, steps, first_new_id), precision.device, ranks, precision.name)
+
+
+def memory_of(
+    wish: StageWish, device: torch.device, ranks: Ranks = ALONE, precision: str | None = None, sure: float = SURE
+) -> Finding | None:
+    """The same of a stage in a plan's words, fatal where it needs `sure` times the memory there is.
+
+    `precision` is what its products run in, where that is decided already.
+    """
+    there = memory_here_bytes(device, ranks.local_count)
     if there is None:
         return None
-    device = replace(device_here(precision.device), memory_bytes=there)
-    wish, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
-    worst = peak_of(size, _share(ranks))
-    needed = with_overhead(worst, device)
-    if needed <= device.memory_bytes:
+    here = replace(device_here(device), memory_bytes=there)
+    name = precision or precision_told(here, wish.precision)[0]
+    worst = peak_of(_size(wish, name, device, ranks), _share(ranks))
+    needed = with_overhead(worst, here)
+    if needed <= there:
         return None
-    changes = plan_stage(wish, device, ranks.count, _share(ranks)).changes
+    changes = plan_stage(wish, here, ranks.count, _share(ranks)).changes
     return Finding(
-        "does-not-fit", "fatal" if needed > SURE * device.memory_bytes else "warning", wish.place, None,
-        f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {device.memory_bytes / GIB:.1f} are there.",
+        "does-not-fit", "fatal" if needed > sure * there else "warning", wish.place, None,
+        f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {there / GIB:.1f} are there.",
         f"It fits with {' '.join(changes)}."
         if changes
         else "Nothing smaller fits either: graftlm plan RECIPE tells where it would, and what would fit here.",
@@ -108,7 +119,7 @@ def holds_copy(
 
     No where the system does not say how much there is.
     """
-    _, size = _prepared(model, stage, steps, precision, first_new_id, ranks)
+    size = _size(_prepared(model, stage, steps, first_new_id), precision.name, precision.device, ranks)
     copy_bytes = size.checkpoint_bytes // num_savers
     if num_savers > 1:
         largest = size.shape.num_rows * size.shape.hidden_size * WIDE
@@ -121,17 +132,17 @@ def holds_copy(
     return there is not None and there > SURE * needed
 
 
-def _prepared(
-    model: Any, stage: Stage, steps: Steps, precision: Precision, first_new_id: int | None, ranks: Ranks
-) -> tuple[StageWish, StageSize]:
-    """A prepared stage as a plan has it, and the size of a rank's share of it."""
+def _prepared(model: Any, stage: Stage, steps: Steps, first_new_id: int | None) -> StageWish:
+    """A prepared stage as a plan has it."""
     shape = shape_of(plain_model(model).config.to_dict(), stage.name)
     num_new_rows = 0 if first_new_id is None else shape.num_rows - first_new_id
-    wish = wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
-    is_cpu = precision.device.type == "cpu"
+    return wish_of(stage, f"stages.{stage.name}", shape, num_new_rows, facts_of(steps.rows, "the stage's"))
+
+
+def _size(wish: StageWish, precision: str, device: torch.device, ranks: Ranks) -> StageSize:
+    """The size of a rank's share of a stage."""
     own = replace(wish, batch_rows=-(-wish.batch_rows // ranks.count)) if ranks.pass_together else wish
-    size = size_of(own, precision.name, is_cpu, stage.micro_batch_tokens, stage.gradient_checkpointing)
-    return wish, size
+    return size_of(own, precision, device.type == "cpu", wish.micro_batch_tokens, wish.gradient_checkpointing)
 
 
 def _share(ranks: Ranks) -> Share:

@@ -33,9 +33,10 @@ UNKNOWN_ROWS = 100_000
 COUNTED_BYTES = 50_000_000
 
 
-def wishes_of(recipe: Recipe, folder: Path) -> tuple[list[StageWish], list[str]]:
+def wishes_of(recipe: Recipe, folder: Path | None) -> tuple[list[StageWish], list[str]]:
     """The recipe's stages, that of a base from nothing first, and what was read or assumed of the model.
 
+    `folder` is the run's, whose grown model and rows are taken where it has them; None: as if there were none.
     Raises UserError where the base's shape cannot be known.
     """
     shape, num_new, told = _shape(recipe, folder)
@@ -61,10 +62,10 @@ def with_tokens(wish: StageWish, tokens: float) -> StageWish:
     return replace(wish, rows=replace(wish.rows, num_rows=num_rows, source=told))
 
 
-def _shape(recipe: Recipe, folder: Path) -> tuple[Shape, int, list[str]]:
+def _shape(recipe: Recipe, folder: Path | None) -> tuple[Shape, int, list[str]]:
     """The grown model's shape, how many of its rows are new, and where that was read."""
-    grown = folder / "2-base"
-    if (grown / "grow.json").is_file() and _is_of_recipe(folder, recipe, ("base", "tokenizer")):
+    grown = folder / "2-base" if folder and _is_of_recipe(folder, recipe, ("base", "tokenizer")) else None
+    if grown and (grown / "grow.json").is_file():
         facts = read_json(grown / "grow.json")
         shape = shape_of(read_model_config(grown), str(grown))
         return shape, facts["num_rows_new"] - facts["num_rows_old"], [f"model: {grown}"]
@@ -112,7 +113,7 @@ def _is_of_recipe(folder: Path, recipe: Recipe, sections: Sequence[str]) -> bool
     return all(before.get(name) == now[name] for name in sections)
 
 
-def _dialogue_rows(recipe: Recipe, folder: Path) -> RowFacts:
+def _dialogue_rows(recipe: Recipe, folder: Path | None) -> RowFacts:
     found = _tokenised(recipe, folder, "train")
     if found is not None:
         return found
@@ -127,12 +128,12 @@ def _dialogue_rows(recipe: Recipe, folder: Path) -> RowFacts:
     return estimated_rows(num_rows, max(tokens, shared + 8), share, shared, longest, source)
 
 
-def _tokenised(recipe: Recipe, folder: Path, name: str) -> RowFacts | None:
+def _tokenised(recipe: Recipe, folder: Path | None, name: str) -> RowFacts | None:
     """Rows of the run's folder, where they were made by this recipe."""
-    path = folder / "3-data" / name
-    if not (folder / "3-data" / "done.json").is_file() or not path.is_dir():
+    if folder is None or not (folder / "3-data" / "done.json").is_file():
         return None
-    if not _is_of_recipe(folder, recipe, ("base", "tokenizer", "data")):
+    path = folder / "3-data" / name
+    if not path.is_dir() or not _is_of_recipe(folder, recipe, ("base", "tokenizer", "data")):
         return None
     facts = facts_of(TokenRows.load(path), "")
     share = facts.mean_labels / facts.mean_tokens
@@ -183,7 +184,7 @@ def _num_rows(source: Source) -> int:
     return max(total, 1)
 
 
-def _text_rows(recipe: Recipe, folder: Path) -> RowFacts:
+def _text_rows(recipe: Recipe, folder: Path | None) -> RowFacts:
     found = _tokenised(recipe, folder, "text")
     paths = [source.path for source in recipe.data.text]
     return found or _plain_rows(paths, recipe.data.max_tokens)
