@@ -164,6 +164,17 @@ def test_what_each_stage_was_trained_by_and_began_with_is_told(run: Path) -> Non
     assert "the loss counts answers" not in english
 
 
+def test_what_was_lossy_on_demand_is_told(run: Path) -> None:
+    assert "lossy" not in card_text(run)
+    tree = recipe()
+    tree["stages"][0] |= {"fp8": True, "precision": "bf16"}
+    tree["stages"][1] |= {"frozen_base": "nf4"}
+    write(run / "recipe.json", {"recipe": tree, "versions": {}})
+    english, chinese = halves(card_text(run))
+    assert "| lossy, as asked | linear layers multiplied in FP8 | the frozen base held in nf4 |" in english
+    assert "| 按要求启用的有损选项 | 线性层以 FP8 相乘 | 冻结的基座以 nf4 存放 |" in chinese
+
+
 def test_the_rows_a_state_could_not_read_are_told_beside_its_figures(run: Path) -> None:
     states = json.loads((run / "7-heldout" / "heldout.json").read_text())
     english, chinese = halves(card_text(run))

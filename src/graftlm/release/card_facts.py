@@ -115,6 +115,14 @@ def _precision(stage: StageRecord) -> str | None:
     return stage.done.get("precision") or stage.asked.get("precision")
 
 
+def _lossy(stage: StageRecord) -> Told | None:
+    """What was rounded beyond the precision, on demand: these options are lossy."""
+    base = stage.asked.get("frozen_base", "exact")
+    if stage.asked.get("fp8"):
+        return ("linear layers multiplied in FP8", "线性层以 FP8 相乘")
+    return None if base == "exact" else (f"the frozen base held in {base}", f"冻结的基座以 {base} 存放")
+
+
 def _loss_scale(stage: StageRecord) -> Any:
     scales = [step["loss_scale"] for step in stage.steps]
     if _precision(stage) != "fp16" or not scales:
@@ -191,6 +199,7 @@ _STAGE_LINES: list[tuple[Told, Callable[[StageRecord], Any]]] = [
     (("gradient clipping", "梯度裁剪"), _asked("max_grad_norm")),
     (("rows a step (global batch)", "每步样本数（全局批量）"), _asked("batch_rows")),
     (("precision", "精度"), _precision),
+    (("lossy, as asked", "按要求启用的有损选项"), _lossy),
     (("loss scale", "损失缩放"), _loss_scale),
     (("gradient checkpointing", "梯度检查点"), _asked("gradient_checkpointing")),
     (("seed", "随机种子"), _asked("seed")),
