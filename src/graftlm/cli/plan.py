@@ -200,7 +200,8 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
         else {
             "num_devices": sharded.num_devices, "peak_gib": sharded.peak_gib,
             "micro_batch_tokens": sharded.micro_batch_tokens,
-            "gradient_checkpointing": sharded.gradient_checkpointing, "is_prediction": True,
+            "gradient_checkpointing": sharded.gradient_checkpointing, "holds_step": sharded.holds_step,
+            "is_prediction": True,
         },
     }  # fmt: skip
 
@@ -273,15 +274,18 @@ def _most(found: dict[str, Any]) -> str:
     """The largest micro-batch that fits, in words."""
     if found["micro_batch_tokens"] is None:
         return "not even one row fits"
-    if found.get("holds_step"):
-        return "at most a whole step in one"
+    if found["holds_step"]:
+        return f"at most a whole step in one{_twice(found)}"
     kept = "" if found["gradient_checkpointing"] else ", activations kept"
     return f"{_setting(found)} at most{kept}"
 
 
 def _setting(found: dict[str, Any]) -> str:
-    twice = " (activations computed twice)" if found["gradient_checkpointing"] else ""
-    return f"{found['micro_batch_tokens']:,} tokens{twice}"
+    return f"{found['micro_batch_tokens']:,} tokens{_twice(found)}"
+
+
+def _twice(found: dict[str, Any]) -> str:
+    return " (activations computed twice)" if found["gradient_checkpointing"] else ""
 
 
 def _wrapped(text: str) -> Iterator[str]:

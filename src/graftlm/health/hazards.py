@@ -183,7 +183,7 @@ def _precision(plan: StagePlan, device: Device) -> Iterator[Finding]:
     precision, why = precision_told(device, wish.precision)
     if why:
         yield Finding(
-            f"no-{wish.precision}", "warning", f"{wish.place}.precision", None,
+            f"no-{wish.precision}", "warning" if plan.has_precision else "fatal", f"{wish.place}.precision", None,
             f"{wish.name} asks for {wish.precision}: {why}.", f"{wish.place}.precision={precision}",
         )  # fmt: skip
     elif precision == "fp16" and device.has_bf16:

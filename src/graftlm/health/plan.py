@@ -72,6 +72,7 @@ class Sharded:
     peak_gib: float
     micro_batch_tokens: int | None
     gradient_checkpointing: bool
+    holds_step: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class StagePlan:
     `micro_batch_tokens` is the largest that fits with `gradient_checkpointing`, None where none does. `hours`: were one
     such device to compute it all. Where `share` is not whole, memory is that of one of several devices over which the
     stage is shared out; `sharded`, where it is whole on each of several, tells what sharing it out would take.
-    `has_fp8`: whether the device computes FP8."""
+    `has_fp8`: whether the device computes FP8; `has_precision`: whether it takes the precision asked for, which a CPU
+    always does, be it by emulation."""
 
     wish: StageWish
     precision: str
@@ -95,11 +97,12 @@ class StagePlan:
     sharded: Sharded | None
     share: Share = WHOLE
     has_fp8: bool = True
+    has_precision: bool = True
 
     @property
     def runs_as_it_is(self) -> bool:
         """Whether it fits, and the device computes what it asks for."""
-        return self.fits and (self.has_fp8 or not self.wish.fp8)
+        return self.fits and self.has_precision and (self.has_fp8 or not self.wish.fp8)
 
     @property
     def holds_step(self) -> bool:
@@ -171,6 +174,7 @@ def plan_stage(wish: StageWish, device: Device, num_devices: int = 1, share: Sha
         sharded=_sharded(wish, device, num_devices, precision) if is_parallel else None,
         share=share,
         has_fp8=device.has_fp8,
+        has_precision=device.is_cpu or wish.precision in ("auto", precision),
     )
 
 
@@ -254,4 +258,4 @@ def _sharded(wish: StageWish, device: Device, num_devices: int, precision: str) 
     budget = min(most or wish.rows.longest, max(wish.micro_batch_tokens, wish.rows.longest))
     size = size_of(own, precision, device.is_cpu, budget, is_checkpointing)
     needed = with_overhead(peak_of(size, share), device)
-    return Sharded(num_devices, needed / GIB, most, is_checkpointing)
+    return Sharded(num_devices, needed / GIB, most, is_checkpointing, (most or 0) >= own.whole_step_tokens)
