@@ -69,7 +69,7 @@ def test_bf16_where_a_gpu_has_none_does_not_run_as_it_is(run: Run) -> None:
     code, out, err = run(CARD, "--on", "v100-32", "stages.full.trains={kind: new-rows}", "stages.lora.precision=bf16")
     assert (code, err) == (0, "")
     assert out.startswith("llama2-7b-chinese on one NVIDIA V100 SXM2 32 GB (31.7 GiB): fits when changed\n")
-    assert "lora (lora, fp16): does not run as it is (see below)" in out
+    assert "lora (lora, bf16 asked, planned in fp16): does not run as it is (see below)" in out
     assert "fatal: lora asks for bf16: NVIDIA V100 SXM2 32 GB has no bf16 in hardware." in " ".join(out.split())
     assert out.splitlines()[-1] == f"Try     graftlm run {CARD} stages.lora.precision=fp16"
 

@@ -36,10 +36,20 @@ def test_a_row_that_may_come_is_told_before_a_base_is_made(tmp_path: Path, place
     assert steps_begun(tmp_path / "run") == []
 
 
+def test_all_micro_batches_too_short_are_told_at_once(tmp_path: Path) -> None:
+    short = ["stages.full.micro_batch_tokens=200", "stages.lora.micro_batch_tokens=100"]
+    with pytest.raises(UserError) as refused:
+        run_recipe(load_recipe(write_tiny_recipe(tmp_path), short), tmp_path / "run")
+    assert [line.split()[0] for line in refused.value.problem.splitlines()] == [one.partition("=")[0] for one in short]
+    asked = "stages.full.micro_batch_tokens=256 stages.lora.micro_batch_tokens=256, or with data.max_tokens=100."
+    assert refused.value.fix == f"Run it with {asked}"
+
+
 def test_a_stage_larger_than_memory_is_told_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("graftlm.training.room.memory_here_bytes", lambda *_: 2 * GIB)
     recipe = write_tiny_recipe(tmp_path)
-    with pytest.raises(UserError, match=r"^stages.lora: At its .* it needs [\d.]+ GiB by estimate; 2.0 are there"):
+    told = r"^stages.lora: It needs [\d.]+ GiB at its peak \(.*\), by estimate; 2.0 are there"
+    with pytest.raises(UserError, match=told):
         run_recipe(load_recipe(recipe, [LARGE]), tmp_path / "run")
     assert steps_begun(tmp_path / "run") == []
 
@@ -49,7 +59,7 @@ def test_what_was_no_more_than_likely_is_told_once_rows_are_there(tmp_path: Path
     monkeypatch.setattr("graftlm.training.room.memory_here_bytes", lambda *_: 2 * GIB)
     monkeypatch.setattr("graftlm.feasible.GUESSED", 100)
     recipe = write_tiny_recipe(tmp_path)
-    with pytest.raises(UserError, match=r"^stages.lora: At its "):
+    with pytest.raises(UserError, match=r"^stages.lora: It needs "):
         run_recipe(load_recipe(recipe, [LARGE]), tmp_path / "run")
     done = [name for name in steps_begun(tmp_path / "run") if (tmp_path / "run" / name / DONE).is_file()]
     assert done == ["0-scratch", "1-tokenizer", "2-base", "3-data"]

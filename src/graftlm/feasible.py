@@ -35,8 +35,8 @@ def refuse_what_cannot_be_computed(stages: Stages, device: torch.device) -> None
         refuse_bf16_where_it_cannot_be(stage.precision, place, device)
         if stage.frozen_base != "exact":
             require_bitsandbytes()
-    if any(stage.compile for stage in stages.values()):
-        compiled(device.type)
+        if stage.compile:
+            compiled(device.type, place)
 
 
 def refuse_rows_that_may_come(recipe: Recipe, stages: Stages) -> None:
@@ -45,16 +45,19 @@ def refuse_rows_that_may_come(recipe: Recipe, stages: Stages) -> None:
     For a base made from nothing, which is trained before there are rows to look at.
     """
     assert recipe.base.scratch is not None
+    told, larger, shorter = [], [], {}
     for place, stage in stages.items():
         is_base = place == PRETRAINING
         key = "base.scratch.row_tokens" if is_base else "data.max_tokens"
         longest = recipe.base.scratch.row_tokens if is_base else recipe.data.max_tokens
         budget = stage.micro_batch_tokens
         if budget < longest:
-            raise UserError(
-                f"{place}.micro_batch_tokens is {budget}, and a row may have {longest} tokens ({key}).",
-                f"Run it with {place}.micro_batch_tokens={longest}, or with {key}={budget}.",
-            )
+            told.append(f"{place}.micro_batch_tokens is {budget}, and a row may have {longest} tokens ({key}).")
+            larger.append(f"{place}.micro_batch_tokens={longest}")
+            shorter[key] = min(budget, shorter.get(key, budget))
+    if told:
+        rows = " ".join(f"{key}={tokens}" for key, tokens in shorter.items())
+        raise UserError("\n".join(told), f"Run it with {' '.join(larger)}, or with {rows}.")
 
 
 def refuse_what_surely_does_not_fit(

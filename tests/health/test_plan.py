@@ -218,6 +218,14 @@ def test_what_does_not_fit_is_sent_where_it_does() -> None:
     assert {"no-triton", "data-parallel"} <= told.keys()
 
 
+def test_where_no_whole_base_fits_adapters_on_one_in_fewer_bits_are_told() -> None:
+    found = plan_stage(wish_for(), DEVICES["t4"], 1)
+    told = {finding.cause: finding.cure for finding in hazards_of([found], DEVICES["t4"], 1)}["does-not-fit"]
+    assert "; or stages.full.trains={kind: lora, rows: none} stages.full.frozen_base=int8 or nf4" in told
+    assert told.endswith(": lossy. Else take a smaller base.")
+    assert "trains={kind: lora}." not in told
+
+
 def test_a_budget_larger_than_memory_and_a_row_longer_than_the_budget_are_told_with_what_fits() -> None:
     large = plan_stage(wish_for(kind="lora", micro_batch_tokens=60_000, batch_rows=1024), DEVICES["v100-32"])
     assert not large.fits

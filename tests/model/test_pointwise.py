@@ -70,7 +70,10 @@ def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(pointwise.torch, "compile", fails)
+    monkeypatch.setattr(pointwise, "_kernels", pointwise._kernels.__wrapped__)
     with pytest.raises(UserError) as told:
-        compiled.__wrapped__("cpu")
-    assert "torch cannot compile here: No working C++ compiler found" in str(told.value)
-    assert "compile=false" in told.value.fix
+        compiled("cpu", "stages.lora")
+    assert "stages.lora.compile is true, and torch cannot compile here: No working C++ compiler found" in str(
+        told.value
+    )
+    assert "stages.lora.compile=false" in told.value.fix

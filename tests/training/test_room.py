@@ -19,8 +19,8 @@ from graftlm.training.stage import StageRun
 @pytest.mark.parametrize(
     ("room_bytes", "recovery", "told", "is_refused"),
     [
-        (PROCESS_BYTES // 2, "automatic", "Nothing smaller fits either: graftlm plan RECIPE", True),
-        (PROCESS_BYTES // 2, "off", "Nothing smaller fits either: graftlm plan RECIPE", False),
+        (PROCESS_BYTES // 2, "automatic", "No micro-batch fits. graftlm plan with the same recipe", True),
+        (PROCESS_BYTES // 2, "off", "No micro-batch fits. graftlm plan with the same recipe", False),
         (PROCESS_BYTES + 1000, "automatic", "by estimate; 0.6 are there", False),
         (PROCESS_BYTES * 2, "automatic", "", False),
     ],
@@ -40,7 +40,7 @@ def test_a_stage_too_large_is_refused_and_one_that_hardly_fits_is_warned_of(
     if is_refused:
         with pytest.raises(UserError) as refused:
             run.run()
-        assert refused.value.problem.startswith("sft, before the first step: At its ")
+        assert refused.value.problem.startswith("sft, before the first step: It needs ")
         assert told in refused.value.fix
         assert not (tmp_path / "preflight.json").exists()
         return

@@ -182,6 +182,7 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
         "peak_at": plan.moment,
         "items": {name: num_bytes / GIB for name, num_bytes in plan.items.items()},
         "given": {
+            "precision": plan.wish.precision,
             "micro_batch_tokens": plan.wish.micro_batch_tokens,
             "gradient_checkpointing": plan.wish.gradient_checkpointing,
         },
@@ -251,8 +252,10 @@ def _told_stage(
 ) -> Iterator[str]:
     refused = "does not fit as it is" if stage["peak_gib"] > memory_gib else "does not run as it is (see below)"
     verdict = "fits" if stage["fits"] else refused
-    title = f"{stage['name']} ({stage['trains']}, {stage['precision']})"
-    yield f"{title}: {verdict}, {stage['peak_gib']:.2f} GiB at its {stage['peak_at']}"
+    asked, planned = stage["given"]["precision"], stage["precision"]
+    precision = planned if asked in ("auto", planned) else f"{asked} asked, planned in {planned}"
+    title = f"{stage['name']} ({stage['trains']}, {precision})"
+    yield f"{title}: {verdict}, {stage['peak_gib']:.2f} GiB at its peak ({stage['peak_at']})"
     for name, gib in sorted(stage["items"].items(), key=lambda item: -item[1]):
         if gib >= 0.005:
             yield f"  {name:<30}{gib:>9.2f} GiB"

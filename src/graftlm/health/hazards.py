@@ -125,7 +125,7 @@ def _memory(plan: StagePlan, device: Device) -> Iterator[Finding]:
     if plan.micro_batch_tokens is not None and plan.peak_bytes > device.memory_bytes:
         yield Finding(
             "does-not-fit", "warning", wish.place, None,
-            f"{name} as it is needs {needed}, at its {plan.moment}.",
+            f"{name} as it is needs {needed} at its peak ({plan.moment}).",
             f"It fits with {' '.join(plan.changes)}{_or_in_halves(plan, device)}",
         )  # fmt: skip
     elif plan.micro_batch_tokens is None:
@@ -170,12 +170,25 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     fitting = [trains for trains, other in lighter.items() if fits_at_all(other, device)]
     if fitting:
         told.append(f"Here fits {wish.place}.trains={' or '.join(fitting)}.")
-    if wish.learns.kind != "full" and not wish.learns.is_dora:
-        narrower = {form: replace(wish, learns=replace(wish.learns, frozen_base=form)) for form in QUANTISED}
-        lossy = [form for form, other in narrower.items() if fits_at_all(other, device)]
+    if not fitting or wish.learns.kind != "full":
+        frozen = lighter if wish.learns.kind == "full" else {"": wish}
+        lossy = list(filter(None, (_in_fewer_bits(other, trains, device) for trains, other in frozen.items())))
         if lossy:
-            told.append(f"Here fits {wish.place}.frozen_base={' or '.join(lossy)}, which is lossy.")
+            told.append(f"Here fits {'; or '.join(lossy)}: lossy.")
     return " ".join([*told, "Else take a smaller base."])
+
+
+def _in_fewer_bits(wish: StageWish, trains: str, device: Device) -> str:
+    """The overrides that hold a stage's frozen base in fewer bits, "" where none fits; `trains`: what would train it,
+    "" as it is."""
+    if wish.learns.is_dora:
+        return ""
+    forms = [
+        form for form in QUANTISED
+        if fits_at_all(replace(wish, learns=replace(wish.learns, frozen_base=form)), device)
+    ]  # fmt: skip
+    trained = f"{wish.place}.trains={trains} " if trains else ""
+    return f"{trained}{wish.place}.frozen_base={' or '.join(forms)}" if forms else ""
 
 
 def _precision(plan: StagePlan, device: Device) -> Iterator[Finding]:

@@ -97,22 +97,27 @@ class Pointwise:
 AS_WRITTEN = Pointwise()
 
 
-@cache
-def compiled(device_type: str) -> Pointwise:
+def compiled(device_type: str, place: str = "stages.NAME") -> Pointwise:
     """All of them compiled by torch for a device, on their first call there (seconds each; torch keeps them on disk).
 
     One kernel for all lengths: a run that goes on after a restart rounds as it did. Raises UserError where torch cannot
-    compile: it wants a C++ compiler on a CPU, Triton on a GPU.
+    compile: it wants a C++ compiler on a CPU, Triton on a GPU. `place` is the stage that asks for it.
     """
-    made = Pointwise(*(torch.compile(getattr(AS_WRITTEN, f.name), dynamic=True) for f in fields(Pointwise)))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made.gated(*torch.ones(2, 1, 64, 8, device=device_type))
+        return _kernels(device_type)
     except Exception as error:  # whatever a compiler, its headers or its cache may do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = getattr(error, "inner_exception", error)  # what went wrong in a backend of torch.compile
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise UserError(
-            f"compile is true, and torch cannot compile here: {reason}",
-            "Install a C++ compiler (on a GPU: the Triton that came with torch), or set stages.NAME.compile=false.",
+            f"{place}.compile is true, and torch cannot compile here: {reason}",
+            f"Install a C++ compiler (on a GPU: the Triton that came with torch), or set {place}.compile=false.",
         ) from None
+
+
+@cache
+def _kernels(device_type: str) -> Pointwise:
+    made = Pointwise(*(torch.compile(getattr(AS_WRITTEN, f.name), dynamic=True) for f in fields(Pointwise)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.gated(*torch.ones(2, 1, 64, 8, device=device_type))
     return made

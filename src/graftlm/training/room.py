@@ -98,10 +98,11 @@ def memory_of(
     changes = plan_stage(wish, here, ranks.count, _share(ranks)).changes
     return Finding(
         "does-not-fit", "fatal" if needed > sure * there else "warning", wish.place, None,
-        f"At its {worst.name} it needs {needed / GIB:.1f} GiB by estimate; {there / GIB:.1f} are there.",
+        f"It needs {needed / GIB:.1f} GiB at its peak ({worst.name}), by estimate; {there / GIB:.1f} are there.",
         f"It fits with {' '.join(changes)}."
         if changes
-        else "Nothing smaller fits either: graftlm plan RECIPE tells where it would, and what would fit here.",
+        else "No micro-batch fits. graftlm plan with the same recipe and overrides tells where one would, and what "
+        "fits here.",
     )  # fmt: skip
 
 

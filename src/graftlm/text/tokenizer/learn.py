@@ -89,7 +89,8 @@ def learn_pieces(
     if budget < 0:
         raise UserError(
             f"{num_pieces - budget} pieces are needed for the common characters alone, and {num_pieces} are asked for.",
-            "Ask for more with --num-pieces (tokenizer.num_pieces), or for --common-characters none.",
+            f"Ask for at least {num_pieces - budget} (--num-pieces, in a recipe tokenizer.num_pieces), or for none of "
+            "them (--common-characters none, in a recipe tokenizer.common_characters=none).",
         )
     if budget < num_pieces:
         say(f"{num_pieces - budget:,} of them go to common characters, {budget:,} to what saves most tokens")
