@@ -173,7 +173,7 @@ def test_missing_inputs_are_told_at_once_before_anything_is_made(finished: Path,
 
 def test_rows_too_long_for_a_later_stage_are_told_before_the_first(finished: Path, run: Path, capsys) -> None:
     recipe = changed(finished, "stages.full.seed=3", "stages.lora.micro_batch_tokens=8")
-    with pytest.raises(UserError, match=r"^lora: The longest row has \d+ tokens, more than micro_batch_tokens 8"):
+    with pytest.raises(UserError, match=r"^stages.lora.micro_batch_tokens is 8, and the longest row has \d+ tokens"):
         run_recipe(recipe, run)
     assert "continuing" not in capsys.readouterr().out
     assert not (run / "4-full" / "metrics.jsonl").exists()

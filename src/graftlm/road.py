@@ -159,8 +159,8 @@ class Road:
         def work(step: Step) -> Facts:
             # Of the stages to come too: what is wrong with them is told before hours of this one.
             later = {f"stages.{stage.name}": stage for stage in self.recipe.stages[number + 1 :]}
-            for stage in later.values():
-                refuse_rows_beyond(self._rows_of(stage), stage.micro_batch_tokens, f"{stage.name}: ")
+            for stage in self.recipe.stages[number:]:
+                refuse_rows_beyond(self._rows_of(stage), stage.micro_batch_tokens, f"stages.{stage.name}")
             refuse_what_surely_does_not_fit(self.recipe, later, self.device, self.ranks, self.folder)
             training = self._stage_run(number, self.model_before(number), step.folder)
             training.run()

@@ -170,11 +170,10 @@ def _elsewhere(plan: StagePlan, device: Device) -> str:
     fitting = [trains for trains, other in lighter.items() if fits_at_all(other, device)]
     if fitting:
         told.append(f"Here fits {wish.place}.trains={' or '.join(fitting)}.")
-    if not fitting or wish.learns.kind != "full":
-        frozen = lighter if wish.learns.kind == "full" else {"": wish}
-        lossy = list(filter(None, (_in_fewer_bits(other, trains, device) for trains, other in frozen.items())))
-        if lossy:
-            told.append(f"Here fits {'; or '.join(lossy)}: lossy.")
+    frozen = {"": wish} if wish.learns.kind != "full" else {} if fitting else lighter
+    lossy = list(filter(None, (_in_fewer_bits(other, trains, device) for trains, other in frozen.items())))
+    if lossy:
+        told.append(f"Here fits {'; or '.join(lossy)}: lossy.")
     return " ".join([*told, "Else take a smaller base."])
 
 

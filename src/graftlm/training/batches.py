@@ -193,13 +193,13 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return order
 
 
-def refuse_rows_beyond(rows: TokenRows, micro_batch_tokens: int, whose: str = "") -> None:
-    """Raises UserError where a row has more tokens than a micro-batch, of the stage named, may have."""
+def refuse_rows_beyond(rows: TokenRows, micro_batch_tokens: int, place: str = "stages.NAME") -> None:
+    """Raises UserError where a row has more tokens than a micro-batch of the stage at `place` may have."""
     longest = int(rows.lengths.max()) if len(rows) else 0
     if longest > micro_batch_tokens:
         raise UserError(
-            f"{whose}The longest row has {longest} tokens, more than micro_batch_tokens {micro_batch_tokens}.",
-            f"Set micro_batch_tokens to {longest} or more, or data.max_tokens to {micro_batch_tokens} or less.",
+            f"{place}.micro_batch_tokens is {micro_batch_tokens}, and the longest row has {longest} tokens.",
+            f"Run it with {place}.micro_batch_tokens={longest}, or with data.max_tokens={micro_batch_tokens}.",
         )
 
 
