@@ -1,6 +1,7 @@
 """The verb plan: one JSON object or a page to read, and two lines for what cannot be planned."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_bf16_where_a_gpu_has_none_does_not_run_as_it_is(run: Run) -> None:
     assert "lora (lora, bf16 asked, planned in fp16): does not run as it is (see below)" in out
     assert "fatal: lora asks for bf16: NVIDIA V100 SXM2 32 GB has no bf16 in hardware." in " ".join(out.split())
     assert out.splitlines()[-1] == f"Try     graftlm run {CARD} stages.lora.precision=fp16"
+
+
+def test_the_guides_tell_what_plans_say(run: Run) -> None:
+    """The table of the card's recipe for 7B and 13B: GiB on one H200, and of each of eight V100 fully sharded."""
+    said = {}
+    for size in ("7b", "13b"):
+        recipe = ROOT / "recipes" / f"llama2-{size}-chinese.yaml"
+        one, eight = (json.loads(run(recipe, "--on", *on, "--json")[1])["stages"] for on in (
+            ("h200",), ("v100-32", "--gpus", "8")
+        ))  # fmt: skip
+        for number, stage in enumerate(("full", "LoRA")):
+            said[size.upper(), stage] = one[number]["peak_gib"], eight[number]["sharded"]["peak_gib"]
+    for guide in ("guide.md", "guide.zh.md"):
+        text = (ROOT / "docs" / guide).read_text(encoding="utf-8").replace("，", ", ").replace("全参数", "full")
+        for (size, stage), expected in said.items():
+            line = next(line for line in text.splitlines() if line.startswith(f"| {size}, {stage}"))
+            found = [float(number) for number in re.findall(r"([\d.]+) GiB", line)]
+            assert (found[0], found[-1]) == pytest.approx(expected, abs=0.06), (guide, line)
 
 
 BATCH = ("stages.full.batch_rows=1024", "stages.lora.batch_rows=1024")
